@@ -1,0 +1,3 @@
+"""Do equally accurate networks decide alike? Model sets, multiplicity metrics and an honest leaderboard."""
+
+__version__ = "0.1.0"

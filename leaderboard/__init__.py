@@ -1,0 +1,1 @@
+"""Records of runs and the leaderboard that is a pure function of them."""

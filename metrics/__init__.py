@@ -1,0 +1,1 @@
+"""Scores of a model set, computed from stored predictions and nothing else."""
