@@ -20,6 +20,7 @@ DATASETS: Registry[type[Dataset]] = Registry(
 register_dataset = DATASETS.register
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
+AGE_BINS = [*(f"{low}-{low + 9}" for low in range(0, 90, 10)), "90+"]
 
 
 @dataclass
@@ -91,3 +92,9 @@ class Dataset(Protocol):
     def load(self, data_root: Path | None) -> Data:
         """Return the data with splits `train`, `val`, `test`; raise UserError for missing or malformed files."""
         ...
+
+
+def age_codes(years: np.ndarray) -> np.ndarray:
+    """Return the decade of each age as a code into AGE_BINS; -1 for NaN, negative ages and ages above 120."""
+    known = (years >= 0) & (years <= 120)
+    return np.where(known, np.minimum(np.where(known, years, 0) // 10, len(AGE_BINS) - 1), -1).astype(np.int64)

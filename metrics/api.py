@@ -1,10 +1,24 @@
-"""What a metric sees and returns: predictions of a model set on one view of the data, and scores."""
+"""What a metric sees and returns, and the registry of metrics.
+
+A metric is one decorated function; what it is handed depends on its `level` (see `MetricInfo`). It returns either values
+per case, whose mean over cases and interval over patients are taken for it, or a finished `Estimate`:
+
+    @register_metric("flip_share", direction="neither", level="set", unit="share of members", citation="this file")
+    def flip_share(context):
+        \"\"\"Share of the members that decide another class than the base.\"\"\"
+        return context.flip_counts / context.size
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+from ..errors import Diverged
+from ..registry import Registry
 
 
 @dataclass
@@ -34,7 +48,7 @@ class Settings:
 
     epsilon: tolerance of membership in nats (additive, on val); epsilons: the tolerances at which acceptance is shown;
     k: the common number of members at which set metrics are compared; loss: nll | zero_one | auroc |
-    balanced_accuracy | brier; draws: bootstrap draws over patients; seed: their seed.
+    balanced_accuracy | brier; draws: bootstrap draws over patients (0: no intervals); seed: their seed.
     """
 
     epsilon: float = 0.05
@@ -60,3 +74,62 @@ class Score:
     n: int = 0
     version: int = 1
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What is declared about a metric before anything is computed.
+
+    direction: higher | lower (is better) | neither (no rank); unit: of the value; citation: the source.
+
+    level: what the metric is a property of, which fixes what its function is called with:
+    `model`: `f(context, probabilities)` with float64 [member, sample, class], recorded as `.base`, `.member_mean` and
+    `.ensemble`; the value is the mean over the members handed in;
+    `set`: `f(context)`, the accepted members (`context.probabilities`) and the base (`context.base`);
+    with `at_k` `f(context, k)`, `k=None` for all members, recorded with and without `@k`;
+    `membership`: `f(membership, epsilon)` returns who is accepted, bool [member], recorded for every tolerance.
+
+    needs: what must be there, in words; min_members: the least number of accepted members of a `set` metric.
+    """
+
+    name: str
+    direction: str
+    level: str
+    unit: str
+    citation: str
+    needs: str = ""
+    version: int = 1
+    at_k: bool = False
+    min_members: int = 1
+
+    def __post_init__(self) -> None:
+        for value, allowed in ((self.direction, ("higher", "lower", "neither")), (self.level, LEVELS)):
+            if value not in allowed:
+                raise ValueError(f"metric '{self.name}': '{value}' is none of {', '.join(allowed)}")
+
+
+LEVELS = ("model", "set", "membership")
+METRICS: Registry[Any] = Registry("metric", "multiplicity_bench.metrics", "register_metric", "multiplicity_bench.metrics")
+
+
+class Undefined(Exception):
+    """A metric has no value here; the message is the reason that stands beside the NaN."""
+
+
+class NonFinite(Diverged, ValueError):
+    """Logits that are not finite; the message names member and sample."""
+
+
+def register_metric(name: str, *, direction: str, level: str, unit: str, citation: str, **declared: Any) -> Callable:
+    """Register the decorated function as metric `name` and attach what it declares as `function.info`.
+
+    `declared`: the other fields of `MetricInfo`. Raises ValueError for an unknown direction or level, UserError when
+    the name is taken.
+    """
+    info = MetricInfo(name, direction, level, unit, citation, **declared)
+
+    def decorate(function: Callable) -> Callable:
+        function.info = info  # type: ignore[attr-defined]
+        return METRICS.register(name)(function)
+
+    return decorate

@@ -1,0 +1,114 @@
+"""Predictions of a model set: logits [member, sample, class], one function, several strategies.
+
+`loop` runs member after member; `vmap` runs a block of members over stacked weights. The same logits to rounding; which
+is faster depends on network and device (vmapped convolutions become grouped convolutions, slow on a CPU), so the first
+batch is timed both ways.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..generators.api import NetworkFunction, Trained
+from ..generators.modelset import Block, ModelSet
+
+STRATEGIES = ("loop", "vmap")
+BATCH = 256
+BLOCK_BYTES = 256 * 2**20
+
+
+def block_size(model_set: ModelSet) -> int:
+    """Return how many members fit a block of 256 MB of weights."""
+    return max(1, min(model_set.size, BLOCK_BYTES // max(1, model_set.bytes_per_member())))
+
+
+def predict_block(
+    network: NetworkFunction, block: Block, images: Tensor, strategy: str = "loop", batch: int = BATCH
+) -> Tensor:
+    """Return logits [member, sample, class] of a block of members on uint8 images, without gradients.
+
+    Out of memory halves the batch and goes on.
+    """
+    run = {"loop": _loop, "vmap": _vmap}[strategy]
+    try:
+        with torch.no_grad():
+            return torch.cat([run(network, block, part) for part in images.split(batch)], dim=1)
+    except torch.OutOfMemoryError:
+        if batch <= 1:
+            raise
+        torch.cuda.empty_cache()
+        return predict_block(network, block, images, strategy, batch // 2)
+
+
+def base_block(base: Trained) -> Block:
+    """Return the base as a block of one member, so that it is evaluated as members are."""
+    params = {n: p[None] for n, p in base.params.items()}
+    return Block(0, 1, params, {n: b[None] for n, b in base.buffers.items()}, {}, {})
+
+
+def choose_strategy(network: NetworkFunction, model_set: ModelSet, images: Tensor) -> str:
+    """Return the strategy that is faster on one batch of a few members; `loop` where nothing is stacked."""
+    block = model_set.block(0, min(4, model_set.size))
+    if not block.params and not block.buffers or model_set.size < 2:
+        return "loop"
+    seconds = {}
+    for strategy in STRATEGIES:
+        predict_block(network, block, images[:32], strategy)
+        start = time.perf_counter()
+        predict_block(network, block, images[:BATCH], strategy)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds[strategy] = time.perf_counter() - start
+    return min(seconds, key=seconds.__getitem__)
+
+
+def predict(
+    network: NetworkFunction,
+    model_set: ModelSet,
+    images: Tensor,
+    *,
+    strategy: str | None = None,
+    write: Callable[[Block, Tensor], None] | None = None,
+    first: int = 0,
+    progress: Callable[..., Iterable[Any]] = lambda items, description, total=None: items,
+) -> np.ndarray | None:
+    """Return float32 logits [member, sample, class] of all members on uint8 images [sample, channel, height, width].
+
+    With `write`, each block's logits go there instead (streaming; `first` is the member to go on with) and the result
+    is None.
+    """
+    strategy = strategy or choose_strategy(network, model_set, images)
+    size = block_size(model_set)
+    starts = range(first, model_set.size, size)
+    collected = []
+    for start in progress(starts, "predicting", len(starts)):
+        block = model_set.block(start, min(start + size, model_set.size))
+        logits = predict_block(network, block, images, strategy).float()
+        if write is not None:
+            write(block, logits)
+        else:
+            collected.append(logits.cpu().numpy())
+    return None if write is not None else np.concatenate(collected)
+
+
+def _loop(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
+    if not block.params and not block.buffers:
+        logits = network(block.shared_params, block.shared_buffers, images)
+        logits = logits.expand(block.size, *logits.shape)
+    else:
+        logits = torch.stack([network(*block.member(k), images) for k in range(block.size)])
+    return logits if block.output is None else block.output(logits, images)
+
+
+def _vmap(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
+    def one(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        return network({**block.shared_params, **params}, {**block.shared_buffers, **buffers}, images)
+
+    logits = torch.func.vmap(one)(block.params, block.buffers)
+    return logits if block.output is None else block.output(logits, images)

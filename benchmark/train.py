@@ -1,0 +1,237 @@
+"""The one training recipe, for base models and for every generator that trains.
+
+Mini-batch SGD or AdamW with cosine decay on `loss + a/(2N) |w|^2`: the Gaussian prior is an L2 term of the loss, never
+decoupled decay, so that the end point is a mode of what a Laplace approximation expands.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Diverged, UserError
+from ..generators.api import Checkpoint, Memory, Part, Trained, choices
+from ..identity import derive_seed
+from .networks import Network
+
+CHECKPOINT_EVERY_S = 20.0
+
+
+@dataclass
+class Training:
+    """Settings of the recipe.
+
+    optimizer: adamw | sgd; lr: peak rate, decayed to 0 by a cosine; momentum: of SGD (and AdamW's beta1);
+    prior_precision: a of the L2 term a/(2N) |w|^2; polish: steps of full-batch L-BFGS at the end (0 = none), which
+    report the gradient norm.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 0.003
+    batch_size: int = 32
+    epochs: int = 30
+    momentum: float = 0.9
+    prior_precision: float = 1.0
+    polish: int = 0
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        choices(self.optimizer, "training.optimizer", ("adamw", "sgd"))
+        for name, low in (("lr", 0), ("batch_size", 0), ("epochs", 0)):
+            if getattr(self, name) <= low:
+                raise UserError(f"training.{name}={getattr(self, name)} must be positive")
+        if self.prior_precision < 0 or self.polish < 0 or not 0 <= self.momentum < 1:
+            raise UserError("training: prior_precision and polish must not be negative, momentum in [0, 1)")
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy in nats, mean over samples.
+
+    Multi-label targets ([sample, label], -1 = missing): the sum over the known labels of a sample of binary
+    cross-entropies, divided by the number of labels, so that a missing label contributes nothing.
+    """
+    if labels.ndim == 1:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    known = labels >= 0
+    terms = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, labels.clamp(min=0).to(logits.dtype), reduction="none"
+    )
+    return (terms * known).sum(1).mean() / labels.shape[1]
+
+
+def bootstrap_rows(patient: Tensor | None, n: int, seed: int) -> Tensor:
+    """Return the rows of a bootstrap resample: n of n with replacement, whole patients where these are known."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
+    if patient is None:
+        return torch.randint(n, (n,), generator=generator)
+    order = torch.argsort(patient, stable=True)
+    counts = torch.unique_consecutive(patient[order], return_counts=True)[1]
+    starts = counts.cumsum(0) - counts
+    drawn = torch.randint(len(counts), (len(counts),), generator=generator)
+    return torch.cat([order[starts[p] : starts[p] + counts[p]] for p in drawn.tolist()])
+
+
+def train(
+    network: Network,
+    data: Part,
+    recipe: Training,
+    seed: int,
+    *,
+    init: Trained | None = None,
+    patient: Tensor | None = None,
+    resample_seed: int | None = None,
+    on_step: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[..., Iterable[Any]] = lambda items, description, total=None: items,
+    name: str = "training",
+    constant_lr: bool = False,
+    **changes: Any,
+) -> Trained:
+    """Train one network by the recipe; every random choice follows from `seed` (and `resample_seed`).
+
+    Checkpoints hold whole epochs, so that a killed training continues to the same weights. Raises Diverged when the
+    loss of an epoch is not finite.
+    """
+    recipe = replace(recipe, **changes)
+    checkpoint = checkpoint or Memory()
+    device = data.images.device
+    if resample_seed is not None:
+        rows = bootstrap_rows(patient, len(data), resample_seed).to(device)
+        data = Part(data.images[rows], data.labels[rows])
+    params, buffers = network.init(seed) if init is None else (dict(init.params), dict(init.buffers))
+    params = {n: p.detach().clone().to(device).requires_grad_() for n, p in params.items()}
+    buffers = {n: b.detach().clone().to(device) for n, b in buffers.items()}
+    optimizer = _optimizer(recipe, params.values())
+    batches = math.ceil(len(data) / recipe.batch_size)
+    losses: list[float] = []
+    first = _restore(checkpoint.load(name), params, buffers, optimizer, losses)
+    saved = time.monotonic()
+    for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
+        order = torch.randperm(
+            len(data), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        ).to(device)
+        total = torch.zeros((), device=device)
+        for i, rows in enumerate(order.split(recipe.batch_size)):
+            if len(rows) < 2 and len(data) > 1:  # BatchNorm cannot normalise a batch of one
+                continue
+            step = epoch * batches + i
+            rate = recipe.lr if constant_lr else recipe.lr * 0.5 * (
+                1 + math.cos(math.pi * step / (recipe.epochs * batches))
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = mean_loss(network(params, buffers, data.images[rows], train=True), data.labels[rows])
+            total += loss.detach() * len(rows)
+            objective = loss + _l2(params, recipe.prior_precision, len(data))
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+            if on_step is not None:
+                on_step(step, params, buffers)
+        losses.append(float(total) / len(data))
+        if not math.isfinite(losses[-1]):
+            raise Diverged(f"{name}: the loss of epoch {epoch + 1} is not finite (training.lr={recipe.lr:g} too large?)")
+        # A callback keeps state that no checkpoint of ours holds: such a training starts again from its beginning.
+        if on_step is None and time.monotonic() - saved > CHECKPOINT_EVERY_S:
+            checkpoint.save(name, _state(params, buffers, optimizer, losses))
+            saved = time.monotonic()
+    if recipe.polish:
+        _polish(network, data, recipe, params, buffers)
+    return Trained(
+        {n: p.detach() for n, p in params.items()}, {n: b.detach() for n, b in buffers.items()}, losses
+    )
+
+
+def gradient_norm(network: Network, data: Part, recipe: Training, trained: Trained) -> float:
+    """Return |gradient| of the full-batch objective (mean loss plus L2 term), BatchNorm in eval mode."""
+    params = {n: p.detach().clone().requires_grad_() for n, p in trained.params.items()}
+    _objective(network, data, recipe, params, trained.buffers)
+    return math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in params.values() if p.grad is not None))
+
+
+def _objective(
+    network: Network, data: Part, recipe: Training, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Tensor:
+    """Accumulate the gradient of the full-batch objective and return its value."""
+    value = torch.zeros((), device=data.images.device)
+    for images, labels in zip(data.images.split(256), data.labels.split(256), strict=True):
+        part = mean_loss(network(params, buffers, images), labels) * (len(images) / len(data))
+        part.backward()
+        value = value + part.detach()
+    prior = _l2(params, recipe.prior_precision, len(data))
+    if prior.requires_grad:
+        prior.backward()
+    return value + prior.detach()
+
+
+def _l2(params: Mapping[str, Tensor], precision: float, n: int) -> Tensor:
+    return precision / (2 * n) * torch.stack([p.square().sum() for p in params.values()]).sum()
+
+
+def _optimizer(recipe: Training, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(params, lr=recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=0.0)
+
+
+def _polish(
+    network: Network, data: Part, recipe: Training, params: dict[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Take `recipe.polish` L-BFGS steps on the full-batch objective, in place, with BatchNorm in eval mode."""
+    lbfgs = torch.optim.LBFGS(params.values(), max_iter=recipe.polish, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        lbfgs.zero_grad()
+        return float(_objective(network, data, recipe, params, buffers))
+
+    lbfgs.step(closure)
+
+
+def _state(
+    params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
+) -> dict[str, Tensor]:
+    """Return everything that the rest of a training depends on, as tensors."""
+    state = {f"param/{n}": p for n, p in params.items()} | {f"buffer/{n}": b for n, b in buffers.items()}
+    state["losses"] = torch.tensor(losses, dtype=torch.float64)
+    for i, p in enumerate(params.values()):
+        for key, value in optimizer.state.get(p, {}).items():
+            if value is not None:
+                state[f"optimizer/{i}/{key}"] = torch.as_tensor(value)
+    return state
+
+
+def _restore(
+    state: Mapping[str, Tensor] | None,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+) -> int:
+    """Put a checkpoint back in place and return the epoch to go on with."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for n, p in params.items():
+            p.copy_(state[f"param/{n}"])
+        for n, b in buffers.items():
+            b.copy_(state[f"buffer/{n}"])
+    leaves = list(params.values())
+    for key, value in state.items():
+        if key.startswith("optimizer/"):
+            _, i, name = key.split("/")
+            leaf = leaves[int(i)]
+            value = value.clone()
+            optimizer.state[leaf][name] = value if name == "step" else value.to(leaf.device)
+    losses.extend(state["losses"].tolist())
+    return len(losses)
+
+
+def recipe_spec(recipe: Training) -> dict[str, Any]:
+    """Return the settings that define a training."""
+    return asdict(recipe)

@@ -1,0 +1,320 @@
+"""A suite: what one table of the board compares, declared beforehand in one YAML file.
+
+A file of `leaderboard/suites/` (or any path) is a mapping with these keys; only title, dataset, network, base_seeds and
+rows are required:
+
+    title: str              heading of the table
+    description: str        a sentence or two under the heading
+    dataset: {name, ...}    name of a dataset and, beside it, its settings, as in {name: breastmnist, size: 28}
+    network: {name, ...}    name of a network and its settings
+    training: {...}         settings of the training recipe that differ from its defaults
+    base_seeds: [int]       seeds of the base networks; at least 5 on a board, for the base is a random effect
+    generator_seed: int     seed of the generators (0)
+    members: int            networks drawn per row and base seed (20)
+    epsilon: float          tolerance of membership on val (0.05), in nats if the loss is nll
+    epsilons: [float]       tolerances at which acceptance is shown ([0.02, 0.05, 0.1])
+    k: int                  common number of members at which set metrics are compared (5)
+    loss: str               nll | zero_one | auroc | balanced_accuracy | brier (nll)
+    draws: int              bootstrap draws over patients (1000)
+    seed: int               seed of those draws (0)
+    margin: float           loss a selected member may give up, in units of the loss (0.01)
+    threads: int            CPU threads of every run; left out: the machine's own number
+    device: str             cpu | cuda (cpu); one table is one type of device
+    predictions: bool       whether predictions are committed beside the records (false)
+    board: bool             whether the suite is part of the committed leaderboard (false)
+    rows: [row]             in the order of the table; a row is a generator, or {generator: {setting: value}} with
+                            the settings that differ from the generator's defaults; `members:` beside the name of the
+                            generator draws another number for this row
+
+A row is named by its generator and settings, `laplace[structure=kron]`, and so is a record: a setting that repeats a
+default would name a row that no record has. Names of settings are checked by whoever runs the suite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, suggest
+from ..identity import row_label
+from ..metrics.api import Settings
+
+SUITES = Path(__file__).parent / "suites"
+CONTROLS = ("identical", "logit_noise", "temperature")
+"""Generators that show what a metric does not mean; in every table, never ranked."""
+
+LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A dataset or a network: its name and the settings the suite declares."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return row_label(self.name, self.settings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a generator, the settings that differ from its defaults, and how many members it draws."""
+
+    generator: str
+    settings: dict[str, Any]
+    members: int
+
+    @property
+    def label(self) -> str:
+        return row_label(self.generator, self.settings)
+
+    @property
+    def control(self) -> bool:
+        return self.generator in CONTROLS
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked suite file; the module's docstring documents its keys."""
+
+    name: str
+    title: str
+    dataset: Component
+    network: Component
+    base_seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    description: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    generator_seed: int = 0
+    members: int = 20
+    epsilon: float = 0.05
+    epsilons: tuple[float, ...] = (0.02, 0.05, 0.1)
+    k: int = 5
+    loss: str = "nll"
+    draws: int = 1000
+    seed: int = 0
+    margin: float = 0.01
+    threads: int | None = None
+    device: str = "cpu"
+    predictions: bool = False
+    board: bool = False
+
+    @property
+    def settings(self) -> Settings:
+        """What the suite declares about scoring."""
+        return Settings(
+            epsilon=self.epsilon, epsilons=self.epsilons, k=self.k, loss=self.loss, draws=self.draws, seed=self.seed
+        )
+
+    def row(self, label: str) -> Row:
+        """Return the row named `label`; UserError with close names when there is none."""
+        for row in self.rows:
+            if row.label == label:
+                return row
+        raise UserError(f"suite {self.name} has no row '{label}': {suggest(label, [r.label for r in self.rows])}")
+
+    def cells(self) -> Iterator[tuple[Row, int]]:
+        """Yield (row, base seed) in the order in which a suite runs: all rows of the first base seed come first."""
+        for base_seed in self.base_seeds:
+            for row in self.rows:
+                yield row, base_seed
+
+
+def suite_names(folder: Path = SUITES) -> list[str]:
+    """Return the names of the suite files in `folder`, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def board_suites(folder: Path = SUITES) -> list[Suite]:
+    """Return the suites of `folder` that are part of the committed board, by name."""
+    suites = [load_suite(folder / f"{name}.yaml") for name in suite_names(folder)]
+    return [suite for suite in suites if suite.board]
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """Read and check a suite, by name from the package or by path (anything with a slash or ending in .yaml, .yml).
+
+    Raises UserError, one line that names file, key and close names.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+    else:
+        path = SUITES / f"{text}.yaml"
+        if text not in suite_names():
+            raise UserError(f"unknown suite '{text}': {suggest(text, suite_names())}")
+    return _check(path, _read(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two of its traps: a repeated key is an error, and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key}' stands twice in line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{path}: the suite file cannot be read ({error.strerror}): check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not YAML ({reason}): correct it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a suite is a mapping with the keys title, dataset, network, base_seeds, rows")
+    return content
+
+
+def _check(path: Path, content: dict[Any, Any]) -> Suite:
+    required = [f.name for f in fields(Suite) if f.name != "name" and _required(f)]
+    for key in content:
+        if key not in CHECKS:
+            raise UserError(f"{path}: unknown key '{key}': {suggest(str(key), CHECKS)}")
+    for key in required:
+        if key not in content:
+            raise UserError(f"{path}: key '{key}' is missing: add it")
+    values = {key: CHECKS[key](f"{path}: {key}", value) for key, value in content.items()}
+    members, k = values.get("members", Suite.members), values.get("k", Suite.k)
+    values["rows"] = tuple(_row(f"{path}: rows[{i}]", row, members) for i, row in enumerate(values["rows"]))
+    labels = [row.label for row in values["rows"]]
+    for i, row in enumerate(values["rows"]):
+        if labels.index(row.label) < i:
+            raise UserError(f"{path}: rows[{i}] repeats '{row.label}': remove one of the two")
+        if row.members < k:
+            raise UserError(f"{path}: rows[{i}] draws {row.members} members, fewer than k = {k}: draw more or lower k")
+    return Suite(name=path.stem, **values)
+
+
+def _required(f: Any) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _row(where: str, row: Any, members: int) -> Row:
+    if isinstance(row, str):
+        return Row(_name(where, row), {}, members)
+    generators = [key for key in row if key != "members"] if isinstance(row, dict) else []
+    if len(generators) != 1:
+        raise UserError(f"{where} is no row: write the name of a generator, or {{name: {{setting: value}}}}")
+    generator = _name(where, generators[0])
+    if "members" in row:
+        members = _integer(f"{where}.members", row["members"], least=1)
+    settings = row[generators[0]]
+    return Row(generator, _mapping(f"{where}.{generator}", {} if settings is None else settings), members)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where} must be text, not {_shown(value)}")
+    return " ".join(value.split())
+
+
+def _name(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise UserError(f"{where} must be a name, not {_shown(value)}")
+    return value
+
+
+def _choice(where: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UserError(f"{where} is {_shown(value)}: {suggest(str(value), known)}")
+    return value
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{where} must be true or false, not {_shown(value)}")
+    return value
+
+
+def _integer(where: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{where} must be a whole number of at least {least}, not {_shown(value)}")
+    return value
+
+
+def _number(where: str, value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf"):  # also false for NaN
+        raise UserError(f"{where} must be a number of at least 0, not {_shown(value)}")
+    return float(value)
+
+
+def _distinct(where: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} must be a list with at least one entry, not {_shown(value)}")
+    entries = tuple(check(f"{where}[{i}]", entry) for i, entry in enumerate(value))
+    if len(set(entries)) < len(entries):
+        raise UserError(f"{where} names an entry twice: {_shown(value)}")
+    return entries
+
+
+def _rows(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} must be a list of generators, not {_shown(value)}")
+    return value
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping of settings, not {_shown(value)}")
+    for key, entry in value.items():
+        _name(f"{where}: the name of a setting", key)
+        for part in entry if isinstance(entry, list) else [entry]:
+            if part is not None and not isinstance(part, (bool, int, float, str)):
+                raise UserError(f"{where}.{key} must be a number, text, true, false, null or a list of them")
+    return dict(value)
+
+
+def _component(where: str, value: Any) -> Component:
+    settings = _mapping(where, value)
+    if "name" not in settings:
+        raise UserError(f"{where} needs a name, as in {{name: ...}}")
+    return Component(_name(f"{where}.name", settings.pop("name")), settings)
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "title": _text,
+    "description": _text,
+    "dataset": _component,
+    "network": _component,
+    "training": _mapping,
+    "base_seeds": partial(_distinct, check=partial(_integer, least=0)),
+    "generator_seed": partial(_integer, least=0),
+    "members": partial(_integer, least=1),
+    "epsilon": _number,
+    "epsilons": partial(_distinct, check=_number),
+    "k": partial(_integer, least=1),
+    "loss": partial(_choice, known=LOSSES),
+    "draws": partial(_integer, least=1),
+    "seed": partial(_integer, least=0),
+    "margin": _number,
+    "threads": partial(_integer, least=1),
+    "device": partial(_choice, known=DEVICES),
+    "predictions": _flag,
+    "board": _flag,
+    "rows": _rows,
+}

@@ -1,0 +1,174 @@
+"""Rashomon capacity: the information, in bits, that the choice of a member carries about the class of a case.
+
+`cap_i = max_p sum_m p_m KL(S_mi || sum_m p_m S_mi)` (Hsu, Calmon, NeurIPS 2022), the capacity of the channel whose rows
+are the members' distributions. For two classes it is a function of the range's two ends and no independent evidence.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+from scipy.special import xlogy
+
+from ..identity import derive_seed
+from .api import register_metric
+from .context import Context
+from .information import divergences
+
+_SOURCE = "Hsu, Calmon (NeurIPS 2022)"
+_BLOCK = 1 << 19
+_LN2 = np.log(2.0)
+
+
+def capacity(probabilities: np.ndarray) -> np.ndarray:
+    """Return the Rashomon capacity of each sample in bits: float64 [member, sample, class] -> [sample].
+
+    Two classes: closed form in the smallest and largest score. More: interior-point iteration to the certificate
+    `I_U - I_L <= max(1e-6, 1e-3 I_U)` bits, `I_L = sum p_m KL_m`, `I_U = max_m KL_m`; their midpoint is returned, 0 for
+    equal rows. Raises ArithmeticError where no certificate is reached, ValueError without members. Source: Hsu, Calmon
+    (NeurIPS 2022).
+    """
+    if not len(probabilities):
+        raise ValueError("no members, no capacity")
+    if probabilities.shape[-1] == 2:
+        low, high = probabilities.min(axis=0), probabilities.max(axis=0)
+        small = np.argmin(low + high, axis=-1)[..., None]  # the rarer class, whose score is the more precise
+        return binary_capacity(
+            np.take_along_axis(low, small, -1)[..., 0], np.take_along_axis(high, small, -1)[..., 0]
+        )
+    out = np.empty(probabilities.shape[1])
+    step = max(1, _BLOCK // probabilities[:, 0].size)
+    for start in range(0, len(out), step):
+        block = slice(start, start + step)
+        out[block] = _solve(np.ascontiguousarray(probabilities[:, block].swapaxes(0, 1)))
+    return out / _LN2
+
+
+def binary_capacity(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the capacity in bits of two-class scores with the given smallest a and largest b, of any shape.
+
+    `(a H2(b) - b H2(a))/(b-a) + log2(1 + 2^((H2(a)-H2(b))/(b-a)))`, clipped at 0; where `b-a < .02 min(p, 1-p)`,
+    p = (a+b)/2, it cancels and is replaced by the quadratic `(b-a)^2/(8 ln2 p(1-p))`.
+    """
+    a, b = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    width, p = b - a, (a + b) / 2
+    narrow = width < 0.02 * np.minimum(p, 1 - p)
+    empty = width <= 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quadratic = width**2 / (8 * _LN2 * p * (1 - p))
+        h_a, h_b = _binary_entropy(a), _binary_entropy(b)
+        slope = (h_a - h_b) / width
+        exact = (a * h_b - b * h_a) / width + np.logaddexp2(0.0, slope)
+    return np.where(empty, 0.0, np.where(narrow, quadratic, np.maximum(exact, 0.0)))
+
+
+def _binary_entropy(p: np.ndarray) -> np.ndarray:
+    return -(xlogy(p, p) + xlogy(1 - p, 1 - p)) / _LN2
+
+
+def _solve(rows: np.ndarray) -> np.ndarray:
+    """Return capacities in nats of rows [sample, member, class], by rounds of increasing patience."""
+    value, open_ = _interior_point(rows, iterations=60, step=0.99, centring=0.1)
+    if len(open_):
+        value[open_], rest = _interior_point(rows[open_], iterations=600, step=0.8, centring=0.5)
+        if len(rest):
+            raise ArithmeticError(f"no certified capacity for sample {open_[rest[0]]}")
+    return value
+
+
+def _interior_point(rows: np.ndarray, iterations: int, step: float, centring: float) -> tuple[np.ndarray, np.ndarray]:
+    """Maximise `I(p)` over the simplex for all samples at once; return values and the samples without a certificate.
+
+    Primal-dual: p > 0 the weights, s > 0 the slacks of `KL_m <= nu`, p_m s_m driven to 0. With X = rows - q, whose rows
+    sum to 0, the Newton system is `(X diag(1/q) X' + diag(s/p)) dp = KL + mu/p - nu`, `sum dp = 0`.
+    """
+    n, members, _ = rows.shape
+    best_low, best_high = np.zeros(n), np.full(n, np.inf)
+    active = np.arange(n)
+    p = np.full((n, members), 1.0 / members)
+    slack = np.zeros_like(p)
+    for iteration in range(iterations):
+        q = rows[:, 0] + np.einsum("nm,nmc->nc", p, rows - rows[:, :1])
+        kl = np.maximum(divergences(rows, q[:, None]), 0.0)
+        low, high = (p * kl).sum(axis=1), kl.max(axis=1)
+        np.maximum.at(best_low, active, low)
+        np.minimum.at(best_high, active, high)
+        going = best_high[active] - best_low[active] > np.maximum(1e-11, 1e-8 * best_high[active])
+        if not going.any():
+            break
+        if iteration == 0:
+            slack = 2.0 * high[:, None] - kl
+            nu = 2.0 * high
+        rows, p, slack, nu, q, kl, active = (a[going] for a in (rows, p, slack, nu, q, kl, active))
+        p, slack, nu = _newton_step(rows, p, slack, nu, q, kl, step, centring)
+    gap = best_high - best_low
+    return (best_high + best_low) / 2, np.flatnonzero(gap > np.maximum(1e-6 * _LN2, 1e-3 * best_high))
+
+
+def _newton_step(rows, p, slack, nu, q, kl, step, centring):
+    """Return the next weights, slacks and multiplier; see `_interior_point`."""
+    mu = centring * (p * slack).mean(axis=1, keepdims=True)
+    x = (rows - q[:, None]) / np.sqrt(np.where(q > 0, q, 1.0))[:, None]
+    right = np.stack([kl + mu / p, np.ones_like(p)], axis=-1)
+    solved = _solve_low_rank(x, slack / p, right)
+    new_nu = solved[..., 0].sum(axis=1) / solved[..., 1].sum(axis=1)
+    dp = solved[..., 0] - new_nu[:, None] * solved[..., 1]
+    ds = (mu - slack * dp) / p - slack
+    with np.errstate(divide="ignore", invalid="ignore"):
+        room = np.minimum(
+            np.where(dp < 0, -p / dp, np.inf).min(axis=1), np.where(ds < 0, -slack / ds, np.inf).min(axis=1)
+        )
+    length = np.minimum(1.0, step * room)[:, None]
+    p = p + length * dp
+    return p / p.sum(axis=1, keepdims=True), slack + length * ds, nu + length[:, 0] * (new_nu - nu)
+
+
+def _solve_low_rank(x: np.ndarray, diagonal: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve `(x x' + diag(d)) z = right` per sample, in whichever of the dimensions of x [sample, member, class] is less."""
+    members, classes = x.shape[1:]
+    transposed = x.swapaxes(1, 2)
+    if members <= classes:
+        matrix = x @ transposed
+        matrix[:, np.arange(members), np.arange(members)] += diagonal
+        return np.linalg.solve(matrix, right)
+    scaled = x / diagonal[..., None]
+    plain = right / diagonal[..., None]
+    inner = transposed @ scaled
+    inner[:, np.arange(classes), np.arange(classes)] += 1.0
+    return plain - scaled @ np.linalg.solve(inner, transposed @ plain)
+
+
+def subsets(members: int, k: int, seed: int, count: int = 50) -> np.ndarray:
+    """Return `count` seeded k-subsets of the members, int [subset, k]; all of them when there are no more than that.
+
+    Raises ValueError unless 1 <= k <= K.
+    """
+    if not 1 <= k <= members:
+        raise ValueError(f"no subsets of {k} among {members}")
+    if comb(members, k) <= count:
+        return np.array(list(combinations(range(members), k)))
+    rng = np.random.default_rng(derive_seed(seed, "k-subsets", members, k))
+    return np.sort(np.argsort(rng.random((count, members)), axis=1)[:, :k], axis=1)
+
+
+def _capacities(context: Context, k: int | None) -> np.ndarray:
+    """Return the capacities [subset, sample] of the whole set (one row) or of its k-subsets."""
+    cache = context.__dict__.setdefault("_capacities", {})
+    if k not in cache:
+        chosen = subsets(context.size, context.size if k is None else k, context.seed)
+        cache[k] = np.stack([capacity(context.probabilities[members]) for members in chosen])
+    return cache[k]
+
+
+@register_metric("capacity", direction="neither", level="set", unit="bits", citation=_SOURCE, at_k=True)
+def _capacity(context: Context, k: int | None) -> np.ndarray:
+    """Mean Rashomon capacity in bits (two classes: a function of the range's ends)."""
+    return _capacities(context, k).mean(axis=0)
+
+
+@register_metric("capacity_effective", direction="neither", level="set", unit="verdicts", citation=_SOURCE, at_k=True)
+def _capacity_effective(context: Context, k: int | None) -> np.ndarray:
+    """Mean of 2^capacity: the effective number of verdicts about a case."""
+    return (2.0 ** _capacities(context, k)).mean(axis=0)

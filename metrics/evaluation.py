@@ -1,0 +1,209 @@
+"""The whole protocol: who is in the set, decided on val; every metric of the set, computed on test."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .api import METRICS, MetricInfo, Predictions, Score, Settings, Undefined
+from .context import Context, check_finite, contexts
+from .decisions import ambiguous
+from .intervals import CaseMean, Estimate, PatientBootstrap, average, wilson
+from .membership import Membership, membership
+
+_Results = dict[str, list[Estimate | Undefined]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model set scored.
+
+    scores: by score key; membership: validation losses and paired differences; accepted: indices of the K members at
+    settings.epsilon; epsilon_in_se: epsilon in standard errors of the paired difference; warnings: one line each.
+    """
+
+    scores: dict[str, Score]
+    membership: Membership
+    accepted: np.ndarray
+    epsilon_in_se: float
+    warnings: tuple[str, ...]
+
+
+def catalogue(names: Sequence[str] | None = None) -> dict[str, MetricInfo]:
+    """Return what the metrics declare, by name, without computing any; all that can be imported by default."""
+    return {name: function.info for name, function in _functions(names).items()}
+
+
+def evaluate(
+    val: Predictions, test: Predictions, settings: Settings | None = None, names: Sequence[str] | None = None
+) -> Evaluation:
+    """Score a model set: membership on `val`, every metric (or those named) on `test` for the accepted members.
+
+    Raises NonFinite naming member and sample for logits that are not finite, ValueError for shapes that do not fit,
+    UserError for an unknown metric.
+    """
+    settings = settings or Settings()
+    for view in (val, test):
+        check_shapes(view)
+        check_finite(view)
+    if len(val.logits) != len(test.logits):
+        raise ValueError(f"{len(val.logits)} members on {val.view}, {len(test.logits)} on {test.view}")
+    functions = _functions(names)
+    who = membership(val, settings)
+    accepted = np.flatnonzero(who.accepted(settings.epsilon))
+    scores = {**_acceptance(functions, who, settings), **score_view(test, accepted, settings, names)}
+    warning = who.warning(settings.epsilon)
+    return Evaluation(
+        scores, who, accepted, who.epsilon_in_se(settings.epsilon), (warning,) if warning else ()
+    )
+
+
+def score_view(
+    predictions: Predictions,
+    accepted: np.ndarray,
+    settings: Settings,
+    names: Sequence[str] | None = None,
+    view: str = "",
+) -> dict[str, Score]:
+    """Return the scores of the accepted members (indices) and of the base on one view.
+
+    view: what keys are marked with, `accuracy.base/view`; "" for the test split itself.
+    """
+    functions = {n: f for n, f in _functions(names).items() if f.info.level != "membership"}
+    bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, settings.draws, settings.seed)
+    results: _Results = defaultdict(list)
+    any_label = np.zeros((len(accepted), bootstrap.patients), bool) if predictions.task == "multilabel" else None
+    drawn = len(predictions.logits)
+    for context in contexts(predictions, accepted, bootstrap, settings.seed):
+        _add(results, context, functions, settings.k, drawn)
+        if any_label is not None:
+            any_label |= bootstrap.by_patient(context.flips.astype(np.int32)) > 0
+    if any_label is not None and "ambiguity" in functions:
+        _add_any_label(results, any_label, bootstrap, settings.k, drawn)
+    marked = f"/{view}" if view else ""
+    return {
+        key.replace("/", marked): _score(functions[_name(key)].info, estimates) for key, estimates in results.items()
+    }
+
+
+def check_shapes(predictions: Predictions) -> None:
+    """Raise ValueError naming the array of `predictions` that does not fit the others."""
+    p = predictions
+    labels = p.base.shape if p.task == "multilabel" else p.base.shape[:1]
+    wanted = {"logits": (len(p.logits), *p.base.shape), "labels": labels}
+    found = {"logits": p.logits.shape, "labels": p.labels.shape}
+    optional = {"patient": p.patient, **{f"attribute '{k}'": v for k, v in p.attributes.items()}}
+    for name, array in optional.items():
+        if array is not None:
+            wanted[name], found[name] = p.base.shape[:1], array.shape
+    for name in wanted:
+        if tuple(wanted[name]) != tuple(found[name]):
+            raise ValueError(f"{name} on {p.view} has shape {tuple(found[name])}, not {tuple(wanted[name])}")
+    classes = 2 if p.task == "multilabel" else p.base.shape[-1]
+    if p.labels.size and not -1 <= p.labels.min() <= p.labels.max() < classes:
+        raise ValueError(f"labels on {p.view} lie in {p.labels.min()}..{p.labels.max()}, not in 0..{classes - 1} or -1")
+
+
+def _functions(names: Sequence[str] | None) -> dict[str, Callable]:
+    return dict(METRICS.load_all()) if names is None else {name: METRICS.get(name) for name in names}
+
+
+def _acceptance(functions: Mapping[str, Callable], who: Membership, settings: Settings) -> dict[str, Score]:
+    scores = {}
+    for name, function in functions.items():
+        if function.info.level != "membership":
+            continue
+        shown = {"": settings.epsilon, **{f"#epsilon={e:g}": e for e in settings.epsilons}}
+        for suffix, epsilon in shown.items():
+            inside, drawn = int(np.sum(function(who, epsilon))), len(who.members)
+            ends = wilson(inside, drawn)
+            scores[name + suffix] = Score(
+                inside / drawn, ends.low, ends.high, "Wilson", drawn, function.info.version
+            )
+    return scores
+
+
+def _add(results: _Results, context: Context, functions: Mapping[str, Callable], k: int, drawn: int) -> None:
+    """Compute every metric of one problem; what is a mean over cases is resampled in one product for all metrics."""
+    waiting: dict[str, CaseMean] = {}
+    for key, compute in _plan(context, functions, k, drawn):
+        for suffix, result in _attempt(compute).items():
+            if isinstance(result, (Estimate, Undefined)):
+                results[key + suffix].append(result)
+            else:
+                waiting[key + suffix] = result if isinstance(result, CaseMean) else CaseMean(np.asarray(result))
+    for key, estimate in zip(waiting, context.bootstrap.means(list(waiting.values()))):
+        results[key].append(estimate)
+
+
+def _plan(
+    context: Context, functions: Mapping[str, Callable], k: int, drawn: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield score keys, with "/" where a view goes, and the calls that compute them."""
+    for name, f in functions.items():
+        if f.info.level == "model":
+            yield f"{name}.base/", lambda f=f: f(context, context.base[None])
+            yield f"{name}.member_mean/", _needing(1, context.size, drawn, lambda f=f: f(context, context.probabilities))
+            yield f"{name}.ensemble/", _needing(1, context.size, drawn, lambda f=f: f(context, context.ensemble[None]))
+        elif not f.info.at_k:
+            yield f"{name}/", _needing(f.info.min_members, context.size, drawn, lambda f=f: f(context))
+        else:
+            least = f.info.min_members
+            yield f"{name}/", _needing(least, context.size, drawn, lambda f=f: f(context, None))
+            yield f"{name}@{k}/", _needing(max(k, least), context.size, None, lambda f=f: f(context, k))
+
+
+def _needing(least: int, size: int, drawn: int | None, compute: Callable[[], Any]) -> Callable[[], Any]:
+    """Return `compute`, or a call that says how many members there are when they are too few."""
+    if size >= least:
+        return compute
+    reason = f"{size} of {least} accepted" if drawn is None or least > 1 else f"0 of {drawn} drawn members accepted"
+
+    def refuse() -> Undefined:
+        return Undefined(reason)
+
+    return refuse
+
+
+def _attempt(compute: Callable[[], Any]) -> Mapping[str, Any]:
+    try:
+        result = compute()
+    except Undefined as reason:
+        result = reason
+    return result if isinstance(result, Mapping) else {"": result}
+
+
+def _add_any_label(results: _Results, flips: np.ndarray, bootstrap: PatientBootstrap, k: int, drawn: int) -> None:
+    """Add `ambiguity.any_label`: the share of patients of whom some member flips any label of any image."""
+    patients = PatientBootstrap.__new__(PatientBootstrap)
+    patients.__dict__.update(bootstrap.__dict__, samples=bootstrap.patients, singletons=True)
+    size = len(flips)
+    for key, least, at in (("ambiguity.any_label/", 1, None), (f"ambiguity.any_label@{k}/", k, k)):
+        call = _needing(
+            least, size, drawn if at is None else None, lambda at=at: patients.mean(ambiguous(flips.sum(axis=0), size, at))
+        )
+        results[key].append(_attempt(call)[""])
+
+
+def _name(key: str) -> str:
+    for mark in "/@.":
+        key = key.split(mark)[0]
+    return key
+
+
+def _score(info: MetricInfo, estimates: list[Estimate | Undefined]) -> Score:
+    """Return the mean over labels (of one problem: itself) as a Score; NaN with the first label's reason."""
+    for label, estimate in enumerate(estimates):
+        if isinstance(estimate, Undefined):
+            where = f"label {label}: " if len(estimates) > 1 and "accepted" not in str(estimate) else ""
+            return Score(float("nan"), version=info.version, reason=f"{where}{estimate}")
+    mean = average(estimates)  # type: ignore[arg-type]
+    ends = mean.interval()
+    made = "bootstrap over patients" if np.isfinite(ends.low) else ""
+    if not np.isfinite(mean.value):
+        return Score(mean.value, n=mean.n, version=info.version, reason="the metric gave no finite value")
+    return Score(mean.value, ends.low, ends.high, made, mean.n, info.version)
