@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +83,6 @@ class Network:
         return Network(about["spec"], about["channels"], about["size"], about["outputs"])
 
 
-def network_spec(component: Any, name: str) -> dict[str, Any]:
-    """Return {"name", "version", fields...} of a component instance."""
-    return {"name": name, "version": type(component).version, **asdict(component)}
-
-
 def _norm(kind: str, channels: int, groups: int = 4) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(min(groups, channels), channels)
@@ -101,7 +96,7 @@ def _norm(kind: str, channels: int, groups: int = 4) -> nn.Module:
 class Logistic:
     """Multinomial logistic regression on the pixels: a convex loss, for checks against exact sets."""
 
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return flatten and one linear layer."""
@@ -115,7 +110,7 @@ class MLP:
 
     width: int = 32
     depth: int = 2
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return `depth` hidden layers of `width` units."""
@@ -134,7 +129,7 @@ class SmallCNN:
 
     width: int = 16
     norm: str = "group"
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return conv(w) - conv(2w) - conv(4w), each normalised; halved twice by max-pooling."""
@@ -171,7 +166,7 @@ class ResNet18:
     """ResNet-18 in the variant for 28 pixels that MedMNIST uses: 3x3 stem, no max-pooling; 11 million weights."""
 
     norm: str = "group"
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return stem, eight basic blocks of 64, 128, 256, 512 channels, global average, one linear layer."""
@@ -188,7 +183,7 @@ class ResNet18:
 class ResNet50:
     """Torchvision's ResNet-50 (BatchNorm, fresh weights), for images of 64 pixels and more."""
 
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return the network with a first convolution for `channels` and `outputs` logits."""
@@ -204,7 +199,7 @@ class ResNet50:
 class DenseNet121:
     """Torchvision's DenseNet-121 (BatchNorm, fresh weights), the usual network of chest X-ray studies."""
 
-    version = 1
+    version: ClassVar[int] = 1
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return the network with a first convolution for `channels` and `outputs` logits."""

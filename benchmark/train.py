@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Training:
     momentum: float = 0.9
     prior_precision: float = 1.0
     polish: int = 0
-    version: int = 1
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         choices(self.optimizer, "training.optimizer", ("adamw", "sgd"))
@@ -230,8 +230,3 @@ def _restore(
             optimizer.state[leaf][name] = value if name == "step" else value.to(leaf.device)
     losses.extend(state["losses"].tolist())
     return len(losses)
-
-
-def recipe_spec(recipe: Training) -> dict[str, Any]:
-    """Return the settings that define a training."""
-    return asdict(recipe)

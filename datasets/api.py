@@ -6,13 +6,17 @@ train, val and test, and `prepare` carves `tune` out of train, checks everything
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 
+from ..errors import UserError
+from ..identity import array_digest, derive_seed, digest
 from ..registry import Registry
+from .hashing import hash_images, scattered
 
 DATASETS: Registry[type[Dataset]] = Registry(
     "dataset", "multiplicity_bench.datasets", "register_dataset", "multiplicity_bench.datasets"
@@ -20,6 +24,7 @@ DATASETS: Registry[type[Dataset]] = Registry(
 register_dataset = DATASETS.register
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
+SPLITS = ("train", "val", "test")
 AGE_BINS = [*(f"{low}-{low + 9}" for low in range(0, 90, 10)), "90+"]
 
 
@@ -62,7 +67,8 @@ class Data:
     classes: names of the classes (of the labels, if multi-label); positive: index of the positive class of a binary
     task, else None; attribute_values: attribute -> names of its codes; notes: caveats shown on the board;
     duplicates: exact duplicate images across splits, `"train/test" -> count`, filled by `prepare`;
-    digest: SHA-256 of everything a result can depend on, filled by `prepare`.
+    digest: SHA-256 of everything a result can depend on, filled by `prepare`; location: the file the data came from,
+    for messages alone (a record holds no paths).
     """
 
     name: str
@@ -77,6 +83,7 @@ class Data:
     notes: list[str] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
     digest: str = ""
+    location: str = ""
 
 
 class Dataset(Protocol):
@@ -98,3 +105,180 @@ def age_codes(years: np.ndarray) -> np.ndarray:
     """Return the decade of each age as a code into AGE_BINS; -1 for NaN, negative ages and ages above 120."""
     known = (years >= 0) & (years <= 120)
     return np.where(known, np.minimum(np.where(known, years, 0) // 10, len(AGE_BINS) - 1), -1).astype(np.int64)
+
+
+def default_data_root() -> Path:
+    """Return the folder of real images where none is named.
+
+    MULTIPLICITY_BENCH_DATA, else shared/data beside the project around the current directory (the nearest folder above
+    with a pyproject.toml, else the directory itself), else ~/.medmnist. Raises UserError when the variable names
+    nothing that exists.
+    """
+    named = os.environ.get("MULTIPLICITY_BENCH_DATA")
+    if named:
+        return _existing(named, "MULTIPLICITY_BENCH_DATA")
+    here = Path.cwd()
+    project = next((folder for folder in (here, *here.parents) if (folder / "pyproject.toml").is_file()), here)
+    shared = project.parent / "shared" / "data"
+    return shared if shared.is_dir() else Path.home() / ".medmnist"
+
+
+def resolve_data_root(value: str | Path | None) -> Path:
+    """Return the folder (or, for `npz`, the file) of real images; raise UserError for a named one that is missing."""
+    return _existing(value, "data_root") if value else default_data_root()
+
+
+def _existing(value: str | Path, origin: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise UserError(f"{origin}={value} does not exist: name the folder that holds medmnist/*.npz, or an npz file")
+    return path
+
+
+def prepare(
+    dataset: Dataset, data_root: str | Path | None = None, *, tune_fraction: float = 0.1, tune_seed: int = 0
+) -> Data:
+    """Load `dataset`, check all of it, carve `tune` out of train, count duplicates and compute the digest.
+
+    `tune` is drawn by patient where ids are known, stratified by class unless the task is multi-label. `data_root=None`
+    means the default: only then may a dataset be downloaded, and only into ~/.medmnist. Raises UserError for whatever
+    the data or the settings break.
+    """
+    if not 0 < tune_fraction < 1:
+        raise UserError(f"tune_fraction={tune_fraction}: give a share of train between 0 and 1")
+    data = dataset.load(resolve_data_root(data_root) if data_root else None)
+    check(data)
+    train, tune = carve(data.splits["train"], data.task, tune_fraction, tune_seed)
+    splits = {"train": train, "tune": tune, "val": data.splits["val"], "test": data.splits["test"]}
+    if len(np.unique(train.labels)) < 2:
+        where = data.location or data.name
+        raise UserError(f"{where}: train keeps a single class without tune: add patients of the other class to train")
+    data = replace(data, duplicates=count_duplicates(data.splits), splits=splits)
+    return replace(data, digest=content_digest(data))
+
+
+def check(data: Data) -> None:
+    """Raise UserError, naming file, array and row, unless `data` keeps every promise of Data and Split."""
+    where = data.location or f"dataset {data.name}"
+    if data.task not in TASKS:
+        raise UserError(f"{where}: task '{data.task}' is unknown: one of {', '.join(TASKS)}")
+    if data.task == "binary" and (len(data.classes) != 2 or data.positive not in (0, 1)):
+        raise UserError(f"{where}: a binary task has 2 classes and declares positive=0 or 1")
+    if set(data.splits) != set(SPLITS):
+        raise UserError(f"{where}: splits are {', '.join(data.splits)}: they must be {', '.join(SPLITS)}")
+    shape = data.splits["train"].images.shape[1:]
+    for name, split in data.splits.items():
+        _check_images(split.images, shape, f"{where}: {name}_images")
+        _check_labels(split, data, f"{where}: {name}_labels")
+        _check_codes(split, data, where, name)
+    _check_patients(data, where)
+
+
+def _check_images(images: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise UserError(f"{where} is {images.dtype} {images.shape}: give uint8 [sample, channel, height, width]")
+    if len(images) == 0:
+        raise UserError(f"{where} is empty: every split needs images")
+    if images.shape[1:] != shape:
+        raise UserError(f"{where} are {images.shape[1:]}, those of train {shape}: bring all to one size")
+
+
+def _check_labels(split: Split, data: Data, where: str) -> None:
+    labels, classes = split.labels, len(data.classes)
+    several = data.task == "multilabel"
+    shape = (len(split), classes) if several else (len(split),)
+    if labels.shape != shape or labels.dtype != np.int64:
+        raise UserError(f"{where} is {labels.dtype} {labels.shape}: {data.task} needs int64 {shape}")
+    low, high = (-1, 1) if several else (0, classes - 1)
+    wrong = (labels < low) | (labels > high)
+    if wrong.any():
+        row = int(np.argwhere(wrong)[0, 0])
+        raise UserError(f"{where} row {row} is {labels[wrong].flat[0]}: labels run from {low} to {high}")
+    varied = [len(np.unique(column[column >= 0])) > 1 for column in (labels.T if several else [labels])]
+    if not any(varied):
+        raise UserError(f"{where} holds a single class: every split needs at least two")
+
+
+def _check_codes(split: Split, data: Data, where: str, name: str) -> None:
+    for attribute, codes in split.attributes.items():
+        if attribute not in data.attribute_values:
+            raise UserError(f"{where}: attribute {attribute} has no attribute_values: name its codes")
+        _check_code_array(codes, len(split), f"{where}: {name}_{attribute}", len(data.attribute_values[attribute]))
+    if split.patient is not None:
+        _check_code_array(split.patient, len(split), f"{where}: {name}_patient", None)
+
+
+def _check_code_array(codes: np.ndarray, count: int, where: str, values: int | None) -> None:
+    if codes.shape != (count,) or codes.dtype != np.int64:
+        raise UserError(f"{where} is {codes.dtype} {codes.shape}: give int64 ({count},)")
+    wrong = codes < 0 if values is None else (codes < -1) | (codes >= values)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        bound = "patients are numbered from 0" if values is None else f"codes run from -1 to {values - 1}"
+        raise UserError(f"{where} row {row} is {codes[row]}: {bound}")
+
+
+def _check_patients(data: Data, where: str) -> None:
+    known = {name: split.patient for name, split in data.splits.items() if split.patient is not None}
+    if known and len(known) < len(data.splits):
+        missing = ", ".join(name for name in data.splits if name not in known)
+        raise UserError(f"{where}: patients are known for {', '.join(known)} but not for {missing}: give all or none")
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")) if known else ():
+        shared = np.flatnonzero(np.isin(known[second], known[first]))
+        if len(shared):
+            row = int(shared[0])
+            twin = int(np.flatnonzero(known[first] == known[second][row])[0])
+            raise UserError(
+                f"{where}: {first}_patient row {twin} and {second}_patient row {row} are the same patient: "
+                "put all images of a patient into one split"
+            )
+
+
+def carve(train: Split, task: str, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Split `train` into (train, tune) by a fixed seed, both in the order of the rows.
+
+    The unit is the patient where known, else the image. Units are drawn class by class (a patient counts for the rarest
+    class among its images): about `fraction` of the images of each class, at least one unit and never the last one.
+    """
+    unit = np.arange(len(train)) if train.patient is None else np.unique(train.patient, return_inverse=True)[1]
+    if task == "multilabel":
+        stratum = np.zeros(unit.max() + 1, np.int64)
+    else:
+        frequency = np.bincount(train.labels)
+        by_frequency = np.argsort(-frequency, kind="stable")
+        rarity = np.empty_like(by_frequency)
+        rarity[by_frequency] = np.arange(len(by_frequency))
+        stratum = np.full(unit.max() + 1, -1)
+        np.maximum.at(stratum, unit, rarity[train.labels])
+    images = np.bincount(unit)
+    order = np.argsort(scattered(derive_seed("tune", seed), np.arange(len(images))), kind="stable")
+    tuned = np.zeros(len(images), bool)
+    for level in np.unique(stratum):
+        members = order[stratum[order] == level]
+        wanted = fraction * images[members].sum()
+        before = np.cumsum(images[members]) - images[members] / 2
+        take = min(max(1, int((before <= wanted).sum())), len(members) - 1)
+        tuned[members[:take]] = True
+    return train.take(np.flatnonzero(~tuned[unit])), train.take(np.flatnonzero(tuned[unit]))
+
+
+def count_duplicates(splits: dict[str, Split]) -> dict[str, int]:
+    """Count the images of a later split that also occur in an earlier one: {"train/test": 3}; pairs with none left out.
+
+    Images are compared by 64-bit hashes: the chance of any false match is about n^2 / 2^64.
+    """
+    hashes = {name: hash_images(split.images) for name, split in splits.items()}
+    pairs = (("train", "val"), ("train", "test"), ("val", "test"))
+    counts = {f"{a}/{b}": int(np.isin(hashes[b], hashes[a]).sum()) for a, b in pairs}
+    return {pair: count for pair, count in counts.items() if count}
+
+
+def content_digest(data: Data) -> str:
+    """Return the SHA-256 of all a result can depend on: images, labels, patients, attributes, and what codes mean."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, split in data.splits.items():
+        arrays |= {f"{name}/images": split.images, f"{name}/labels": split.labels}
+        arrays |= {f"{name}/attribute/{k}": v for k, v in split.attributes.items()}
+        if split.patient is not None:
+            arrays[f"{name}/patient"] = split.patient
+    return digest([array_digest(arrays), data.task, data.classes, data.positive, data.attribute_values])

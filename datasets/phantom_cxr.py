@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from . import phantom_rendering as rendering
-from .api import AGE_BINS, Data, Split, age_codes, register_dataset
+from .api import AGE_BINS, SPLITS, Data, Split, age_codes, register_dataset
 
 NOTES = [
     "synthetic: every image is rendered by a program, no patient was imaged",
@@ -45,11 +45,11 @@ class PhantomCXR:
     drain_in_positives: float = 0.7
     drain_in_negatives: float = 0.05
     smallest: float = 0.12
-    largest: float = 0.8
+    largest: float = 0.9
     visibility: float = 1.0
     grain: float = 1.0
 
-    name: ClassVar[str] = "phantom_cxr"
+    name = "phantom_cxr"
     version: ClassVar[int] = 1
 
     def load(self, data_root: Path | None = None) -> Data:
@@ -74,13 +74,14 @@ class PhantomCXR:
         return draw_latents(self, rendering.Stream(self.seed, split), count)
 
     def _split(self, number: int, split: str, count: int) -> Split:
+        stream = rendering.Stream(self.seed, split)
         latents = self.latents(split, count)
-        flipped = rendering.Stream(self.seed, split).uniform("label noise", np.arange(count)) < self.label_noise
+        flipped = stream.uniform("label noise", np.arange(count)) < self.label_noise
         return Split(
-            images=rendering.render(latents, self.size, rendering.Stream(self.seed, split), self.visibility, self.grain),
+            images=rendering.render(latents, self.size, stream, self.visibility, self.grain),
             labels=(latents["finding"] ^ flipped).astype(np.int64),
             ids=np.arange(count),
-            patient=latents["patient"] * 3 + number,
+            patient=latents.pop("patient") * len(SPLITS) + number,
             attributes={
                 "sex": latents["male"].astype(np.int64),
                 "age": age_codes(latents["age"]),
@@ -112,8 +113,8 @@ class PhantomCXR:
 def draw_latents(settings: PhantomCXR, stream: rendering.Stream, count: int) -> dict[str, np.ndarray]:
     """Draw patients and their 1 to 3 images; every truth has a random stream of its own, named after it.
 
-    Older patients and site C have more AP (bedside) films, men more pneumothoraces; AP films carry the distractors,
-    skin folds and monitoring leads.
+    Older patients and site C have more AP (bedside) films, men more pneumothoraces; a patient's films mostly agree on the
+    finding; AP films carry the distractors, skin folds and monitoring leads.
     """
     patients = np.arange(count)
     films = 1 + np.floor(3 * stream.uniform("films per patient", patients)).astype(np.int64)
@@ -130,10 +131,10 @@ def draw_latents(settings: PhantomCXR, stream: rendering.Stream, count: int) -> 
     age = np.floor(18 + 36 * (by_patient("age") + by_patient("age again")))
     site = (by_patient("site") > 0.45).astype(np.int64) + (by_patient("site") > 0.8)
     ap = by_image("view") < 0.12 + 0.4 * (age - 18) / 72 + 0.25 * (site == 2)
-    ill = by_patient("ill") < (settings.prevalence + np.where(male, 0.047, -0.053)) / 0.9
-    if settings.prevalence in (0, 1):
-        ill = np.full(count, settings.prevalence == 1)
-    finding = ill & ((by_image("finding") < 0.9) | (settings.prevalence == 1))
+    p = settings.prevalence
+    likely = p + np.where(male, 0.19, -0.21) * p * (1 - p)
+    shared = by_image("state of its own") < 0.8
+    finding = np.where(shared, by_patient("ill"), by_image("ill")) < likely
     share = by_image("extent")
     extent = settings.smallest + (settings.largest - settings.smallest) * share * share
     return {

@@ -13,18 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..identity import derive_seed
+from .hashing import scattered
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CHUNK_PIXELS = 100_000  # one float32 image plane of a chunk stays in the second-level cache
 
 Pixels = Any  # float32 [sample, height, width], or what broadcasts to it
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Return a bijective scramble of uint64 (splitmix64's finaliser, Steele et al., OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -36,8 +29,7 @@ class Stream:
 
     def bits(self, name: str, index: np.ndarray) -> np.ndarray:
         """Return 64 random bits for every index."""
-        key = np.uint64(derive_seed("phantom_cxr", self.seed, self.split, name))
-        return mix(key + (index.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+        return scattered(derive_seed("phantom_cxr", self.seed, self.split, name), index)
 
     def uniform(self, name: str, index: np.ndarray) -> np.ndarray:
         """Return numbers in [0, 1) as float64."""
@@ -107,7 +99,7 @@ class Film:
         y = self.film_y - self.vary("shift y", -0.05, 0.05)
         self.x, self.y = (cos * x + sin * y) / zoom, (cos * y - sin * x) / zoom
         self.away = np.abs(self.x)
-        self.right = self.x < 0
+        self.right = (self.x < 0).astype(np.float32)
 
         chest = 0.94 + 0.09 * t["male"] + 0.04 * (t["habitus"] - 0.5)
         self.half_width = self.vary("lung width", 0.31, 0.35, True) * chest
@@ -137,10 +129,10 @@ class Film:
         heart = self.heart()
         aerated = self.lung * (1 - 0.8 * heart)
         image = self.soft_tissue()
-        image -= aerated * self.vary("aeration", 0.3, 0.36)
+        image -= aerated * self.vary("aeration", 0.26, 0.32)
         image += aerated * self.markings() * (1 - air)
         image += heart * 0.2 + self.mediastinum() + self.bones()
-        image += aerated * (collapsed - np.float32(visibility) * (0.25 * air - 0.26 * edge))
+        image += aerated * (collapsed - np.float32(visibility) * (0.21 * air - 0.25 * edge))
         image += self.folds_and_leads(aerated) + self.drain(side)
         return self.expose(image, np.float32(grain))
 
@@ -207,7 +199,7 @@ class Film:
 
     def bones(self) -> Pixels:
         """Ribs, clavicles and, on AP films, the scapulae over the lungs; paler in old age."""
-        t, x, y, away = self.truth, self.x, self.y, self.away
+        t, y, away = self.truth, self.y, self.away
         dense = (1.1 - 0.005 * (t["age"] - 50)) * np.float32(0.9)
         gap = self.vary("rib spacing", 0.165, 0.195, True)
         cage = self.inside(away - 1.16 * (self.centre + self.half_width) + 0.2 * np.square(y - 0.2), 0.05)
@@ -244,8 +236,8 @@ class Film:
     def ridges(self, name: str, position: Pixels) -> Pixels:
         """Return 0 to 1, with 1 along the zero crossings of a smooth random function of `position`."""
         knots = 64
-        table = self.stream.bits(name, self.rows[:, None] * knots + np.arange(knots)) >> np.uint64(40)
-        table = table.astype(np.float32) * np.float32(2.0**-23) - 1
+        bits = self.stream.bits(name, self.rows[:, None] * knots + np.arange(knots)) >> np.uint64(40)
+        table = bits.astype(np.float32) * np.float32(2.0**-23) - 1
         whole = np.floor(position)
         index = (whole.astype(np.int32) & (knots - 1)) + (np.arange(len(table), dtype=np.int32) * knots)[:, None, None]
         after = np.where((index & (knots - 1)) == knots - 1, index - knots + 1, index + 1)
@@ -257,7 +249,7 @@ class Film:
     def folds_and_leads(self, aerated: Pixels) -> Pixels:
         """Skin folds (an edge that mimics the pleura, with markings beyond it) and leads with electrodes."""
         t, x, y = self.truth, self.x, self.y
-        side = 2 * (self.vary("fold side", 0, 1) < 0.5) - np.float32(1)
+        side = np.where(self.vary("fold side", 0, 1) < 0.5, np.float32(1), np.float32(-1))
         place = self.vary("fold place", 0.4, 0.6) + self.vary("fold slope", -0.15, 0.25) * y
         off = side * x - place
         fold = smooth(1 + off / 0.16) * (off < 0) * smooth((y + 0.75) / 0.2) * smooth((0.45 - y) / 0.2)
@@ -283,7 +275,7 @@ class Film:
         slope = 2 * spread * along / (entry_y - tip_y)
         off = (self.away - tip_x - spread * along * along) / np.sqrt(1 + slope * slope)
         tube = self.line(off, np.float32(0.042)) - 0.6 * self.line(off, np.float32(0.016))
-        return self.truth["drain"] * side * 0.4 * tube * (along > 0) * (along < 1.15)
+        return self.truth["drain"] * side * 0.45 * tube * (along > 0) * (along < 1.15)
 
     def expose(self, image: Pixels, grain: np.float32) -> np.ndarray:
         """Scatter, detector noise, the site's processing, marker and collimation; quantise to uint8."""
@@ -306,14 +298,15 @@ class Film:
         stem = self.line(x - corner_x + 0.03, np.float32(0.03)) * (np.abs(y + 0.8) < 0.08)
         foot = self.line(y + 0.73, np.float32(0.03)) * (np.abs(x - corner_x) < 0.045)
         image = np.maximum(image, 0.95 * np.maximum(stem, foot))
-        border = np.maximum(np.abs(x) - self.vary("collimator x", 0.9, 1.0), np.abs(y) - self.vary("collimator y", 0.9, 1))
-        return image * (1 - 0.95 * site_c * self.inside(-border, 0.005))
+        shutters = self.vary("collimator x", 0.9, 1), self.vary("collimator y", 0.9, 1)
+        outside = np.maximum(np.abs(x) - shutters[0], np.abs(y) - shutters[1])
+        return image * (1 - 0.95 * site_c * self.inside(-outside, 0.005))
 
     def noise(self) -> Pixels:
         """Return nearly normal noise of unit variance, the sum of four 16-bit uniforms of one hash."""
         keys = self.stream.bits("noise", self.rows)[:, None]
         count = self.size * self.size
-        bits = mix(keys + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN).view(np.uint16).reshape(-1, count, 4)
+        bits = scattered(keys, np.arange(count)).view(np.uint16).reshape(-1, count, 4)
         total = bits[..., 0].astype(np.float32)
         for part in range(1, 4):
             total += bits[..., part]

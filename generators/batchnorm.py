@@ -37,16 +37,29 @@ def reestimated(problem: Problem, params: Leaves, seed: int) -> Leaves:
     return {n: b.detach().clone() for n, b in module.named_buffers()}
 
 
+def has_batchnorm(problem: Problem) -> bool:
+    """Return whether the network has BatchNorm layers."""
+    return any(isinstance(layer, _BatchNorm) for layer in problem.module().modules())
+
+
+def settled_member(problem: Problem, model_set: ModelSet, member: int, policy: str, seed: int) -> tuple[Leaves, Leaves]:
+    """Return parameters and buffers of one member of an unsettled set, under the policy."""
+    params, buffers = model_set.block(member, member + 1).member(0)
+    if policy == "reestimate" and has_batchnorm(problem):
+        buffers = reestimated(problem, params, seed)
+    return params, buffers
+
+
 def settle_batchnorm(problem: Problem, model_set: ModelSet, policy: str, seed: int) -> ModelSet:
     """Apply the policy to a set in place: with `reestimate`, every member gets buffers of its own."""
-    if not any(isinstance(layer, _BatchNorm) for layer in problem.module().modules()):
+    if not has_batchnorm(problem):
         return model_set
     model_set.batchnorm = policy
     if policy == "reestimate":
         settled: list[dict[str, Tensor]] = []
         for k in problem.progress(range(model_set.size), "BatchNorm", model_set.size):
             with problem.clock.marginal():
-                settled.append(reestimated(problem, model_set.block(k, k + 1).member(0)[0], seed))
+                settled.append(settled_member(problem, model_set, k, policy, seed)[1])
         model_set.stacked_buffers = {n: torch.stack([b[n] for b in settled]) for n in settled[0]}
         model_set.shared_buffers = {}
     return model_set

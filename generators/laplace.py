@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Diverged, UserError, suggest
+from ..identity import plain
 from .api import Generator, Problem, choices, register_generator
-from .batchnorm import POLICIES, settle_batchnorm
-from .modelset import DiagonalSet, GaussianSet, KroneckerSet, ModelSet
+from .batchnorm import POLICIES, settle_batchnorm, settled_member
+from .modelset import DiagonalSet, GaussianSet, KroneckerSet, Leaves, ModelSet
 
 PRIORS = ("tune_acceptance", "tune_loss", "marglik")
 JACOBIAN_LIMIT = 4_000_000
@@ -51,7 +52,9 @@ class Laplace(Generator):
         choices(self.structure, "generator.structure", ("diag", "kron"))
         choices(self.subset, "generator.subset", ("all", "last_layer"))
         choices(self.batchnorm, "generator.batchnorm", POLICIES)
-        prior_number(self.prior_precision)
+        number = prior_number(self.prior_precision)
+        if number is not None:  # "10" and "10.0" are one setting
+            self.prior_precision = str(plain(number))
         if not 0 < self.target_acceptance <= 1 or self.target_epsilon <= 0:
             raise UserError("generator: target_acceptance must be in (0, 1] and target_epsilon positive")
 
@@ -86,7 +89,12 @@ class Laplace(Generator):
 
         with problem.clock.fixed():
             precision = choose_prior(
-                self.prior_precision, problem, curvature, posterior, self.target_epsilon, self.target_acceptance
+                self.prior_precision,
+                problem,
+                float(curvature["marglik"]),
+                lambda tried, k: settled_member(problem, posterior(tried), k, self.batchnorm, seed),
+                self.target_epsilon,
+                self.target_acceptance,
             )
         drawn = posterior(precision)
         drawn.diagnostics = {
@@ -186,27 +194,25 @@ def make_posterior(
 def choose_prior(
     how: str,
     problem: Problem,
-    curvature: dict[str, Tensor],
-    posterior: Callable[[float], GaussianSet],
+    marglik: float,
+    member: Callable[[float, int], tuple[Leaves, Leaves]],
     target_epsilon: float,
     target_acceptance: float,
 ) -> float:
     """Return the prior precision: a given number, marginal likelihood's, or one chosen on tune.
 
-    The draws on tune are the set's own first members, so that their noise is the same at every precision tried.
+    `member(precision, k)` returns parameters and buffers of draw k; the draws on tune are the set's own first members, so
+    that their noise is the same at every precision tried.
     """
     number = prior_number(how)
     if number is not None:
         return number
     if how == "marglik":
-        return float(curvature["marglik"])
+        return marglik
     draws = max(20, min(problem.members, 50))
 
     def tune_logits(precision: float) -> list[Tensor]:
-        tried = posterior(precision)
-        tried.size = draws
-        members = (tried.block(k, k + 1).member(0) for k in range(draws))
-        return [problem.logits(params, buffers, problem.tune.images) for params, buffers in members]
+        return [problem.logits(*member(precision, k), problem.tune.images) for k in range(draws)]
 
     if how == "tune_loss":
         grid = [10 ** (LOW + (HIGH - LOW) * i / 22) for i in range(23)]

@@ -131,7 +131,8 @@ def verified(record: Record) -> bool:
 
 def machine_of(record: Record) -> str:
     """Return what the costs of `record` depend on: the fingerprint of the hardware and the number of threads."""
-    return f"{record['cost'].get('hardware') or 'unknown hardware'}, threads {record['cost'].get('threads', 'unknown')}"
+    hardware, threads = record["cost"].get("hardware") or "unknown hardware", record["cost"].get("threads")
+    return hardware if threads is None or "threads" in hardware else f"{hardware}, {threads} threads"
 
 
 def _cell(row: Row, seed: int, kept: list[Record], candidates: list[Record], left_out: Mapping[str, str]) -> Cell:

@@ -1,7 +1,7 @@
 """Columns of the board: which score or cost each one shows, summarised over base seeds, and ranked where a rank means
 something.
 
-A value is the mean over base seeds with the 95 % t interval of the per-seed values (B - 1 degrees of freedom), kept
+A value is the mean over base seeds with the 95% t interval of the per-seed values (B - 1 degrees of freedom), kept
 within the bounds of its unit; with a single seed it is that record's own value and interval, which sees test cases
 only. A rank is 1 + the number of rows that are significantly better: paired t test over the base seeds two rows share,
 95 %, Holm over all pairs of the column. Controls are neither ranked nor competitors. A row that accepted fewer than k
@@ -22,6 +22,7 @@ from scipy.special import stdtr
 from ..metrics.intervals import holm, t_interval
 from .cells import Record, Table, machine_of
 from .suite import Row, Suite
+from .text import on_seeds
 
 INFINITE = math.inf
 BOUNDS = {
@@ -34,9 +35,9 @@ BOUNDS = {
     "number": (-INFINITE, INFINITE),
 }
 UNITS = {
-    **dict.fromkeys(("accuracy", "balanced_accuracy", "auroc", "ece", "ambiguity", "discrepancy")),
-    **dict.fromkeys(("conflict", "disagreement", "vpr", "score_sd")),
-    **dict.fromkeys(("acceptance_rate", "acceptance_rate_certified", "acceptance_rate_possible")),
+    **dict.fromkeys(("accuracy", "balanced_accuracy", "auroc", "ece", "ambiguity", "discrepancy"), "rate"),
+    **dict.fromkeys(("conflict", "disagreement", "vpr", "score_sd"), "rate"),
+    **dict.fromkeys(("acceptance_rate", "acceptance_rate_certified", "acceptance_rate_possible"), "rate"),
     **dict.fromkeys(("nll", "capacity", "mutual_information"), "amount"),
     **dict.fromkeys(("fixed_cost_s", "marginal_cost_s", "cost_per_accepted_s", "base_training_s"), "amount"),
     **dict.fromkeys(("fixed_cost_bt", "marginal_cost_bt", "cost_per_accepted_bt"), "amount"),
@@ -63,6 +64,7 @@ class Column:
 
     @property
     def unit(self) -> str:
+        """The kind of number, a key of BOUNDS."""
         return UNITS.get(score_name(self.key), "number")
 
 
@@ -93,7 +95,6 @@ def overview(suite: Suite) -> list[Column]:
         Column(
             f"ambiguity@{k}",
             f"ambiguity@{k}",
-            "rate",
             f"share of cases on which one of {k} members and the base differ",
         ),
         Column("disagreement", "disagreement", "share of cases on which two members differ"),
@@ -129,10 +130,15 @@ def calibration(suite: Suite) -> list[Column]:
 
 def membership(suite: Suite) -> list[Column]:
     """Return the columns of acceptance by tolerance."""
+    return [Column(f"eps {e:g}", f"{ACCEPTANCE}#epsilon={e:g}") for e in suite.epsilons]
+
+
+def certainty(suite: Suite) -> list[Column]:
+    """Return the columns of certified and possible acceptance by tolerance."""
     return [
-        *(Column(f"eps {e:g}", f"{ACCEPTANCE}#epsilon={e:g}") for e in suite.epsilons),
-        Column(f"certified at {suite.epsilon:g}", "acceptance_rate_certified"),
-        Column(f"possible at {suite.epsilon:g}", "acceptance_rate_possible"),
+        Column(f"{bound}, eps {e:g}", f"{ACCEPTANCE}_{bound}#epsilon={e:g}")
+        for bound in ("certified", "possible")
+        for e in suite.epsilons
     ]
 
 
@@ -176,7 +182,16 @@ def cost_in_seconds(suite: Suite) -> list[Column]:
 
 def every_column(suite: Suite) -> dict[str, Column]:
     """Return key -> column for all that a table shows."""
-    parts = (overview, discrimination, calibration, membership, multiplicity, cost_in_trainings, cost_in_seconds)
+    parts = (
+        overview,
+        discrimination,
+        calibration,
+        membership,
+        certainty,
+        multiplicity,
+        cost_in_trainings,
+        cost_in_seconds,
+    )
     return {column.key: column for part in parts for column in part(suite)}
 
 
@@ -247,9 +262,9 @@ def unranked(table: Table, column: Column, row: Row) -> str:
         return "a control"
     if len(records) < 2:
         return "fewer than two base seeds"
-    short = {seed: accepted(r) for seed, r in records.items() if accepted(r) < table.suite.k}
+    short = [seed for seed, r in records.items() if accepted(r) < table.suite.k]
     if short and column.key != ACCEPTANCE:
-        return f"fewer than k = {table.suite.k} members accepted"
+        return f"fewer than k = {table.suite.k} members accepted on {on_seeds(short)}"
     if len(per_seed(table, row, column)[0]) < 2:
         return "fewer than two base seeds with a value"
     return ""

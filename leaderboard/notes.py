@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -48,7 +49,7 @@ def _controls(table: Table) -> Iterator[str]:
         if records and not broken:
             yield f"Control: `{row.label}` is exactly at its null values on {on_seeds(records)}."
     if table.scored and not any(table.ok(row) for row in rows):
-        yield "**No control**: there is no scored record of `identical`, so nothing vouches for the zeros of this table."
+        yield "**No control**: without a scored record of `identical`, nothing vouches for the zeros of this table."
 
 
 def _bases(table: Table) -> Iterator[str]:
@@ -78,14 +79,21 @@ def _unranked(table: Table) -> Iterator[str]:
     if len(table.suite.base_seeds) < 2:
         return
     columns = {c.key: c for c in (*overview(table.suite), *calibration(table.suite)) if c.better}
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in table.suite.rows:
-        for column in columns.values():
-            if table.ok(row) and not row.control and (reason := unranked(table, column, row)):
-                groups[row.label, reason].append(column.title)
-    for (label, reason), titles in groups.items():
-        where = "nowhere ranked" if len(titles) == len(columns) else f"not ranked by {', '.join(titles)}"
-        yield f"`{label}`: {where}: {sentence(reason)}"
+        if row.control or not table.ok(row):
+            continue
+        groups: dict[str, list[str]] = defaultdict(list)
+        for key, column in columns.items():
+            if reason := unranked(table, column, row):
+                groups[reason].append(key)
+        for reason, keys in groups.items():
+            rest = columns.keys() - set(keys)
+            where = "in " + ", ".join(f"*{columns[key].title}*" for key in keys)
+            if not rest:
+                where = "in any column"
+            elif rest == {ACCEPTANCE}:
+                where = "but by acceptance"
+            yield f"`{row.label}`: not ranked {where}: {sentence(reason)}"
 
 
 def _undefined(table: Table) -> Iterator[str]:
@@ -103,16 +111,20 @@ def _undefined(table: Table) -> Iterator[str]:
 
 
 def _said(table: Table) -> Iterator[str]:
-    """What the records note about their sets, equal notes of several rows on one line."""
+    """What the records note about their sets: equal notes on one line, and notes that differ in their numbers only."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    texts: dict[str, list[str]] = defaultdict(list)
     for row in table.suite.rows:
         for cell in table.row_cells(row):
             for note in (cell.record["set"].get("notes") or []) if cell.record else []:
-                groups[str(note)][row.label].append(cell.base_seed)
+                alike = re.sub(r"\d+(\.\d+)?", "#", note)
+                groups[alike][row.label].append(cell.base_seed)
+                texts[alike] += [note] if note not in texts[alike] else []
     everywhere = len(table.suite.base_seeds)
-    for note, rows in groups.items():
+    for alike, rows in groups.items():
         where = [f"`{label}`" + ("" if len(s) == everywhere else f" ({on_seeds(s)})") for label, s in rows.items()]
-        yield f"{', '.join(where)}: {sentence(note)}"
+        first, *others = texts[alike]
+        yield f"{', '.join(where)}: {first}" + (f" (and {len(others)} alike, with other numbers)." if others else ".")
 
 
 def _machines(table: Table) -> Iterator[str]:

@@ -82,6 +82,16 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """Read and verify every record of a folder, by name. UserError if there is no such folder, or no record in it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of records: check the path")
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"{folder}: holds no records: run a suite with records_dir={folder} first")
+    return [read(path) for path in paths]
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}

@@ -21,7 +21,8 @@ rows are required:
     threads: int            CPU threads of every run; left out: the machine's own number
     device: str             cpu | cuda (cpu); one table is one type of device
     predictions: bool       whether predictions are committed beside the records (false)
-    board: bool             whether the suite is part of the committed leaderboard (false)
+    board: bool             whether the suite is part of the committed leaderboard, which then needs 5 base seeds and
+                            all controls (false)
     rows: [row]             in the order of the table; a row is a generator, or {generator: {setting: value}} with
                             the settings that differ from the generator's defaults; `members:` beside the name of the
                             generator draws another number for this row
@@ -48,6 +49,9 @@ from ..metrics.api import Settings
 SUITES = Path(__file__).parent / "suites"
 CONTROLS = ("identical", "logit_noise", "temperature")
 """Generators that show what a metric does not mean; in every table, never ranked."""
+
+ENOUGH = 5
+"""Base seeds that a board needs: the base network is a random effect, and one base says little about another."""
 
 LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")
 DEVICES = ("cpu", "cuda")
@@ -201,6 +205,11 @@ def _check(path: Path, content: dict[Any, Any]) -> Suite:
             raise UserError(f"{path}: rows[{i}] repeats '{row.label}': remove one of the two")
         if row.members < k:
             raise UserError(f"{path}: rows[{i}] draws {row.members} members, fewer than k = {k}: draw more or lower k")
+    if values.get("board"):
+        if len(values["base_seeds"]) < ENOUGH:
+            raise UserError(f"{path}: base_seeds: a board needs at least {ENOUGH}: add some, or set board: false")
+        if absent := [c for c in CONTROLS if c not in [row.generator for row in values["rows"]]]:
+            raise UserError(f"{path}: rows: a board shows every control, {', '.join(absent)} is absent: add it")
     return Suite(name=path.stem, **values)
 
 

@@ -11,7 +11,8 @@ from .columns import COST, UNITS, Column, every_column, ranks, summarise
 from .suite import Suite
 from .text import exact, states
 
-FIELDS = "suite row control verified state key value low high interval base_seeds rank reason per_seed".split()
+FIELDS = ["suite", "row", "control", "verified", "state", "key", "value", "low", "high", "interval"]
+FIELDS += ["base_seeds", "rank", "reason", "per_seed"]
 
 
 def render_csv(records: Iterable[Record], suites: Iterable[Suite]) -> str:

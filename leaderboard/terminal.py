@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .cells import Record, settle, verified
-from .columns import accepted, overview, summarise
+from .columns import ACCEPTANCE, accepted, overview, summarise
 from .suite import Suite
 from .text import NONE, aligned, number, on_seeds, states
 
@@ -28,7 +28,7 @@ def summary_line(record: Record) -> str:
         f"disagreement {score('disagreement')}",
         f"vpr@{k} {score(f'vpr@{k}')}",
         f"capacity@{k} {score(f'capacity@{k}')}",
-        f"cost {number(record['cost'].get('cost_per_accepted_bt'), 'number')} base trainings per accepted member",
+        f"cost {number(record['cost'].get('cost_per_accepted_bt'), 'number')} base trainings per member",
     ]
     return head + ", ".join(parts)
 
@@ -36,17 +36,19 @@ def summary_line(record: Record) -> str:
 def render_terminal(records: Iterable[Record], suite: Suite) -> str:
     """Return a short table of `suite`: means over base seeds without intervals, holes with their reasons."""
     table = settle(suite, records)
-    columns = overview(suite)
-    lines = [["", "members", *(c.title for c in columns)]]
+    columns = [c for c in overview(suite) if c.key != ACCEPTANCE]
+    lines = [["", "accepted", *(c.title for c in columns)]]
     for row in suite.rows:
         records_of_row = table.ok(row)
-        members = f"{sum(map(accepted, records_of_row.values()))}/{sum(r['set']['drawn'] for r in records_of_row.values())}"
+        members = (
+            f"{sum(map(accepted, records_of_row.values()))}/{sum(r['set']['drawn'] for r in records_of_row.values())}"
+        )
         hole = states(c.state for c in table.row_cells(row))
         values = [number(summarise(table, row, c).value, c.unit) for c in columns]
         lines.append([row.label, members, *values] if records_of_row else [row.label, hole, *[NONE] * len(columns)])
     notes = [
         f"{suite.title}: members accepted at epsilon {suite.epsilon:g} on val, sets compared at k = {suite.k} on test, "
-        f"{on_seeds(suite.base_seeds)}; cost in base trainings per accepted member"
+        f"{on_seeds(suite.base_seeds)}; cost in base trainings per member"
     ]
     for row in suite.rows:
         for cell in table.row_cells(row):

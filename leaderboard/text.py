@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -63,6 +64,16 @@ def in_order(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(parts.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
 
 
+def paragraph(*texts: str) -> str:
+    """Return texts as one paragraph in lines of at most 120 characters."""
+    return _filled(" ".join(texts)) + "\n"
+
+
+def bullet(text: str) -> str:
+    """Return `text` as one item of a list, in lines of at most 120 characters."""
+    return _filled(text, initial_indent="- ", subsequent_indent="  ") + "\n"
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, the first line its header, whose columns are aligned as plain text too."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -104,3 +115,8 @@ def states(of_cells: Iterable[str]) -> str:
     if not ok and len(holes) == 1:
         return holes[0][0]
     return ", ".join([f"{ok} of {total}", *(f"{n} {state}" for state, n in holes)])
+
+
+def _filled(text: str, **indents: str) -> str:
+    words = " ".join(text.split())
+    return textwrap.fill(words, 120, break_long_words=False, break_on_hyphens=False, **indents)

@@ -1,7 +1,9 @@
 """What a metric sees and returns, and the registry of metrics.
 
-A metric is one decorated function; what it is handed depends on its `level` (see `MetricInfo`). It returns either values
-per case, whose mean over cases and interval over patients are taken for it, or a finished `Estimate`:
+A metric is one decorated function; what it is handed depends on its `level` (see `MetricInfo`). It returns values per
+case [sample] (or a `CaseMean`, with weights), whose mean and interval over patients are taken for it, or a finished
+`Estimate`, or a dict of these by the suffix of their score keys (`{"#sex=F": ...}`). Raising `Undefined` gives NaN with
+that reason:
 
     @register_metric("flip_share", direction="neither", level="set", unit="share of members", citation="this file")
     def flip_share(context):
@@ -109,7 +111,9 @@ class MetricInfo:
 
 
 LEVELS = ("model", "set", "membership")
-METRICS: Registry[Any] = Registry("metric", "multiplicity_bench.metrics", "register_metric", "multiplicity_bench.metrics")
+METRICS: Registry[Any] = Registry(
+    "metric", "multiplicity_bench.metrics", "register_metric", "multiplicity_bench.metrics"
+)
 
 
 class Undefined(Exception):

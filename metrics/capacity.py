@@ -6,6 +6,7 @@ are the members' distributions. For two classes it is a function of the range's 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
@@ -13,13 +14,16 @@ import numpy as np
 from scipy.special import xlogy
 
 from ..identity import derive_seed
-from .api import register_metric
+from .api import Undefined, register_metric
 from .context import Context
 from .information import divergences
 
 _SOURCE = "Hsu, Calmon (NeurIPS 2022)"
 _BLOCK = 1 << 19
 _LN2 = np.log(2.0)
+_CERTIFICATE = (1e-6 * _LN2, 1e-3)  # gap between the bounds, in nats and relative, that is promised
+_RIDGE = 1e-14  # keeps a system solvable that is singular but for rounding; it bends steps, not bounds
+_TARGET = (1e-11, 1e-7)  # and the one that is aimed at
 
 
 def capacity(probabilities: np.ndarray) -> np.ndarray:
@@ -35,9 +39,7 @@ def capacity(probabilities: np.ndarray) -> np.ndarray:
     if probabilities.shape[-1] == 2:
         low, high = probabilities.min(axis=0), probabilities.max(axis=0)
         small = np.argmin(low + high, axis=-1)[..., None]  # the rarer class, whose score is the more precise
-        return binary_capacity(
-            np.take_along_axis(low, small, -1)[..., 0], np.take_along_axis(high, small, -1)[..., 0]
-        )
+        return binary_capacity(np.take_along_axis(low, small, -1)[..., 0], np.take_along_axis(high, small, -1)[..., 0])
     out = np.empty(probabilities.shape[1])
     step = max(1, _BLOCK // probabilities[:, 0].size)
     for start in range(0, len(out), step):
@@ -68,43 +70,84 @@ def _binary_entropy(p: np.ndarray) -> np.ndarray:
     return -(xlogy(p, p) + xlogy(1 - p, 1 - p)) / _LN2
 
 
+@dataclass
+class _Bounds:
+    """Bounds of the capacity in nats, low and high [sample], and the weights that prove them [sample, member]."""
+
+    low: np.ndarray
+    high: np.ndarray
+    weights: np.ndarray
+
+    def open(self, absolute: float, relative: float) -> np.ndarray:
+        return np.flatnonzero(self.high - self.low > np.maximum(absolute, relative * self.high))
+
+
 def _solve(rows: np.ndarray) -> np.ndarray:
-    """Return capacities in nats of rows [sample, member, class], by rounds of increasing patience."""
-    value, open_ = _interior_point(rows, iterations=60, step=0.99, centring=0.1)
-    if len(open_):
-        value[open_], rest = _interior_point(rows[open_], iterations=600, step=0.8, centring=0.5)
-        if len(rest):
-            raise ArithmeticError(f"no certified capacity for sample {open_[rest[0]]}")
-    return value
+    """Return certified capacities in nats of rows [sample, member, class]."""
+    bounds = _exchange(rows) if rows.shape[1] > 3 * rows.shape[2] else _interior_point(rows)
+    for sample in bounds.open(*_CERTIFICATE):
+        patient = _interior_point(rows[[sample]], iterations=1000, step=0.8, centring=0.5)
+        if len(patient.open(*_CERTIFICATE)):
+            gap = (patient.high[0] - patient.low[0]) / _LN2
+            raise ArithmeticError(f"no certified capacity: bounds {gap:.2g} bits apart after 1000 iterations")
+        bounds.low[sample], bounds.high[sample] = patient.low[0], patient.high[0]
+    return (bounds.low + bounds.high) / 2
 
 
-def _interior_point(rows: np.ndarray, iterations: int, step: float, centring: float) -> tuple[np.ndarray, np.ndarray]:
-    """Maximise `I(p)` over the simplex for all samples at once; return values and the samples without a certificate.
+def _exchange(rows: np.ndarray, rounds: int = 12, entering: int = 2) -> _Bounds:
+    """Solve for the few members that matter: start from each class's highest, let the most distant ones enter.
+
+    An optimum needs no more members than classes; the bounds hold for all members, whose divergences are all computed.
+    """
+    n, members = rows.shape[:2]
+    out = _Bounds(np.zeros(n), np.full(n, np.inf), np.zeros((n, 0)))
+    active, chosen = np.arange(n), rows.argmax(axis=1)
+    for _ in range(rounds):
+        few = np.take_along_axis(rows, chosen[..., None], axis=1)
+        bounds = _interior_point(few)
+        kl = np.maximum(divergences(rows, _mixture(few, bounds.weights)[:, None]), 0.0)
+        out.low[active] = np.maximum(out.low[active], bounds.low)
+        out.high[active] = np.minimum(out.high[active], np.maximum(kl.max(axis=1), bounds.low))
+        going = out.high[active] - out.low[active] > np.maximum(_TARGET[0], 10 * _TARGET[1] * out.high[active])
+        if not going.any():
+            break
+        far = np.argpartition(kl[going], members - entering, axis=1)[:, -entering:]
+        rows, active, chosen = rows[going], active[going], np.concatenate([chosen[going], far], axis=1)
+    return out
+
+
+def _mixture(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return `sum_m p_m S_m`, exact for equal rows: [sample, member, class], [sample, member] -> [sample, class]."""
+    return rows[:, 0] + np.einsum("nm,nmc->nc", weights, rows - rows[:, :1])
+
+
+def _interior_point(rows: np.ndarray, iterations: int = 60, step: float = 0.99, centring: float = 0.1) -> _Bounds:
+    """Maximise `I(p)` over the simplex for all samples at once.
 
     Primal-dual: p > 0 the weights, s > 0 the slacks of `KL_m <= nu`, p_m s_m driven to 0. With X = rows - q, whose rows
     sum to 0, the Newton system is `(X diag(1/q) X' + diag(s/p)) dp = KL + mu/p - nu`, `sum dp = 0`.
     """
     n, members, _ = rows.shape
-    best_low, best_high = np.zeros(n), np.full(n, np.inf)
+    out = _Bounds(np.zeros(n), np.full(n, np.inf), np.full((n, members), 1.0 / members))
     active = np.arange(n)
-    p = np.full((n, members), 1.0 / members)
-    slack = np.zeros_like(p)
+    p = out.weights.copy()
+    slack, nu = np.zeros_like(p), np.zeros(n)
     for iteration in range(iterations):
-        q = rows[:, 0] + np.einsum("nm,nmc->nc", p, rows - rows[:, :1])
+        q = _mixture(rows, p)
         kl = np.maximum(divergences(rows, q[:, None]), 0.0)
         low, high = (p * kl).sum(axis=1), kl.max(axis=1)
-        np.maximum.at(best_low, active, low)
-        np.minimum.at(best_high, active, high)
-        going = best_high[active] - best_low[active] > np.maximum(1e-11, 1e-8 * best_high[active])
+        better = high - low < out.high[active] - out.low[active]
+        out.low[active[better]], out.high[active[better]] = low[better], high[better]
+        out.weights[active[better]] = p[better]
+        if iteration == 0:
+            slack, nu = 2.0 * high[:, None] - kl, 2.0 * high
+        going = out.high[active] - out.low[active] > np.maximum(_TARGET[0], _TARGET[1] * out.high[active])
+        going &= (p * slack).sum(axis=1) > 1e-9 * high  # nothing but rounding is left beyond this
         if not going.any():
             break
-        if iteration == 0:
-            slack = 2.0 * high[:, None] - kl
-            nu = 2.0 * high
         rows, p, slack, nu, q, kl, active = (a[going] for a in (rows, p, slack, nu, q, kl, active))
         p, slack, nu = _newton_step(rows, p, slack, nu, q, kl, step, centring)
-    gap = best_high - best_low
-    return (best_high + best_low) / 2, np.flatnonzero(gap > np.maximum(1e-6 * _LN2, 1e-3 * best_high))
+    return out
 
 
 def _newton_step(rows, p, slack, nu, q, kl, step, centring):
@@ -126,17 +169,19 @@ def _newton_step(rows, p, slack, nu, q, kl, step, centring):
 
 
 def _solve_low_rank(x: np.ndarray, diagonal: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solve `(x x' + diag(d)) z = right` per sample, in whichever of the dimensions of x [sample, member, class] is less."""
+    """Solve `(x x' + diag(d)) z = right` per sample, in the smaller dimension of x [sample, member, class]."""
     members, classes = x.shape[1:]
     transposed = x.swapaxes(1, 2)
     if members <= classes:
         matrix = x @ transposed
-        matrix[:, np.arange(members), np.arange(members)] += diagonal
+        matrix[:, np.arange(members), np.arange(members)] += (
+            diagonal + _RIDGE * np.trace(matrix, axis1=1, axis2=2)[:, None]
+        )
         return np.linalg.solve(matrix, right)
     scaled = x / diagonal[..., None]
     plain = right / diagonal[..., None]
     inner = transposed @ scaled
-    inner[:, np.arange(classes), np.arange(classes)] += 1.0
+    inner[:, np.arange(classes), np.arange(classes)] += 1.0 + _RIDGE * np.trace(inner, axis1=1, axis2=2)[:, None]
     return plain - scaled @ np.linalg.solve(inner, transposed @ plain)
 
 
@@ -155,11 +200,15 @@ def subsets(members: int, k: int, seed: int, count: int = 50) -> np.ndarray:
 
 def _capacities(context: Context, k: int | None) -> np.ndarray:
     """Return the capacities [subset, sample] of the whole set (one row) or of its k-subsets."""
-    cache = context.__dict__.setdefault("_capacities", {})
-    if k not in cache:
+
+    def make() -> np.ndarray:
         chosen = subsets(context.size, context.size if k is None else k, context.seed)
-        cache[k] = np.stack([capacity(context.probabilities[members]) for members in chosen])
-    return cache[k]
+        try:
+            return np.stack([capacity(context.probabilities[members]) for members in chosen])
+        except ArithmeticError as error:
+            raise Undefined(str(error)) from error
+
+    return context.once(f"capacities@{k}", make)
 
 
 @register_metric("capacity", direction="neither", level="set", unit="bits", citation=_SOURCE, at_k=True)

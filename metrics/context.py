@@ -5,7 +5,7 @@ A multi-label task is one such problem per label.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,8 +22,8 @@ class Context:
     """The accepted members, the base and the labels of one problem.
 
     probabilities: float64 [member, sample, class] of the K accepted members; base: float64 [sample, class];
-    labels: int64 [sample], -1 = missing; positive: the positive class of a two-class problem; attributes: codes [sample],
-    -1 unknown; seed: for the k-subsets.
+    labels: int64 [sample], -1 = missing; positive: the positive class of a two-class problem; attributes: codes
+    [sample], -1 unknown; seed: for the k-subsets.
     """
 
     probabilities: np.ndarray
@@ -33,6 +33,13 @@ class Context:
     positive: int = 1
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
+    _made: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `make` returned the first time it was asked for under this key: metrics share what is costly."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def size(self) -> int:
@@ -92,14 +99,14 @@ class Context:
         return None if (self.scored_class >= 0).all() else (self.scored_class >= 0).astype(np.float64)
 
 
-def contexts(predictions: Predictions, members: np.ndarray, bootstrap: PatientBootstrap, seed: int) -> Iterator[Context]:
+def contexts(
+    predictions: Predictions, members: np.ndarray, bootstrap: PatientBootstrap, seed: int
+) -> Iterator[Context]:
     """Yield the problem of `predictions` for the chosen members; one two-class problem per label if multi-label."""
     p = predictions
     if p.task != "multilabel":
         positive = 1 if p.positive is None else p.positive
-        yield Context(
-            softmax(p.logits, members), softmax(p.base), p.labels, bootstrap, positive, p.attributes, seed
-        )
+        yield Context(softmax(p.logits, members), softmax(p.base), p.labels, bootstrap, positive, p.attributes, seed)
         return
     for label in range(p.base.shape[-1]):
         chosen = sigmoid(p.logits[..., label], members)

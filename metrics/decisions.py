@@ -113,9 +113,9 @@ class Selective:
 
 
 def fewest_votes(members: int, alpha: float) -> int | None:
-    """Return the least number of top votes, all others for one runner-up, at which the ensemble predicts; None if never.
+    """Return the least number of top votes at which the ensemble predicts, None if it never does.
 
-    Two-sided binomial test at 1/2 of top against runner-up, `p = min(1, 2 P(X <= K - top))`.
+    All other votes go to one runner-up; two-sided binomial test of the two, `p = min(1, 2 P(X <= K - top))`.
     """
     top = np.arange(members // 2 + 1, members + 1)
     enough = top[_vote_p(top, members - top) <= alpha]
@@ -142,32 +142,25 @@ def _vote_p(top: np.ndarray, runner_up: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, 2.0 * bdtr(np.asarray(runner_up, np.float64), total.astype(np.int64), 0.5))
 
 
-@register_metric(
-    "ambiguity", direction="neither", level="set", unit="share of samples", citation=_MARX, at_k=True
-)
+@register_metric("ambiguity", direction="neither", level="set", unit="share of samples", citation=_MARX, at_k=True)
 def _ambiguity(context: Context, k: int | None) -> np.ndarray:
     """Share of samples for which some member decides otherwise than the base."""
     return ambiguous(context.flip_counts, context.size, k)
 
 
-@register_metric(
-    "discrepancy", direction="neither", level="set", unit="share of samples", citation=_MARX, at_k=True
-)
+@register_metric("discrepancy", direction="neither", level="set", unit="share of samples", citation=_MARX, at_k=True)
 def _discrepancy(context: Context, k: int | None) -> Estimate:
     """Largest share of samples on which one member decides otherwise than the base."""
-    b = context.bootstrap
-    sizes = b.resample(b.by_patient(np.ones(b.samples)))
-    draws = expected_maximum(_flip_draws(context) / sizes[:, None], k)
-    return Estimate(discrepancy(context.flips, k), draws, b.patients)
+    draws = context.once("flip_draws", lambda: _flip_draws(context))
+    return Estimate(discrepancy(context.flips, k), expected_maximum(draws, k), context.bootstrap.patients)
 
 
 def _flip_draws(context: Context) -> np.ndarray:
-    """Return the number of flipped samples of each member in each draw, [draw, member]."""
-    if not hasattr(context, "_flip_draws"):
-        b = context.bootstrap
-        blocks = [b.resample(b.by_patient(f.astype(np.float64))) for f in np.array_split(context.flips, -(-context.size // 64))]
-        context._flip_draws = np.concatenate(blocks, axis=1)  # type: ignore[attr-defined]
-    return context._flip_draws  # type: ignore[attr-defined]
+    """Return the share of samples that each member flips in each draw, [draw, member]."""
+    b = context.bootstrap
+    chunks = np.array_split(context.flips, -(-context.size // 64))
+    flips = np.concatenate([b.resample(b.by_patient(f.astype(np.float64))) for f in chunks], axis=1)
+    return flips / b.resample(b.by_patient(np.ones(b.samples)))[:, None]
 
 
 @register_metric("conflict", direction="neither", level="set", unit="share of members", citation=_MARX)

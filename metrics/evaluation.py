@@ -57,9 +57,7 @@ def evaluate(
     accepted = np.flatnonzero(who.accepted(settings.epsilon))
     scores = {**_acceptance(functions, who, settings), **score_view(test, accepted, settings, names)}
     warning = who.warning(settings.epsilon)
-    return Evaluation(
-        scores, who, accepted, who.epsilon_in_se(settings.epsilon), (warning,) if warning else ()
-    )
+    return Evaluation(scores, who, accepted, who.epsilon_in_se(settings.epsilon), (warning,) if warning else ())
 
 
 def score_view(
@@ -121,23 +119,24 @@ def _acceptance(functions: Mapping[str, Callable], who: Membership, settings: Se
         for suffix, epsilon in shown.items():
             inside, drawn = int(np.sum(function(who, epsilon))), len(who.members)
             ends = wilson(inside, drawn)
-            scores[name + suffix] = Score(
-                inside / drawn, ends.low, ends.high, "Wilson", drawn, function.info.version
-            )
+            scores[name + suffix] = Score(inside / drawn, ends.low, ends.high, "Wilson", drawn, function.info.version)
     return scores
 
 
 def _add(results: _Results, context: Context, functions: Mapping[str, Callable], k: int, drawn: int) -> None:
     """Compute every metric of one problem; what is a mean over cases is resampled in one product for all metrics."""
-    waiting: dict[str, CaseMean] = {}
-    for key, compute in _plan(context, functions, k, drawn):
-        for suffix, result in _attempt(compute).items():
-            if isinstance(result, (Estimate, Undefined)):
-                results[key + suffix].append(result)
-            else:
-                waiting[key + suffix] = result if isinstance(result, CaseMean) else CaseMean(np.asarray(result))
-    for key, estimate in zip(waiting, context.bootstrap.means(list(waiting.values()))):
-        results[key].append(estimate)
+    found = {
+        key + suffix: result
+        for key, compute in _plan(context, functions, k, drawn)
+        for suffix, result in _attempt(compute).items()
+    }
+    for key, result in found.items():
+        if not isinstance(result, (CaseMean, Estimate, Undefined)):
+            found[key] = CaseMean(np.asarray(result))
+    waiting = [result for result in found.values() if isinstance(result, CaseMean)]
+    means = iter(context.bootstrap.means(waiting))
+    for key, result in found.items():
+        results[key].append(next(means) if isinstance(result, CaseMean) else result)
 
 
 def _plan(
@@ -147,7 +146,10 @@ def _plan(
     for name, f in functions.items():
         if f.info.level == "model":
             yield f"{name}.base/", lambda f=f: f(context, context.base[None])
-            yield f"{name}.member_mean/", _needing(1, context.size, drawn, lambda f=f: f(context, context.probabilities))
+            yield (
+                f"{name}.member_mean/",
+                _needing(1, context.size, drawn, lambda f=f: f(context, context.probabilities)),
+            )
             yield f"{name}.ensemble/", _needing(1, context.size, drawn, lambda f=f: f(context, context.ensemble[None]))
         elif not f.info.at_k:
             yield f"{name}/", _needing(f.info.min_members, context.size, drawn, lambda f=f: f(context))
@@ -179,12 +181,13 @@ def _attempt(compute: Callable[[], Any]) -> Mapping[str, Any]:
 
 def _add_any_label(results: _Results, flips: np.ndarray, bootstrap: PatientBootstrap, k: int, drawn: int) -> None:
     """Add `ambiguity.any_label`: the share of patients of whom some member flips any label of any image."""
-    patients = PatientBootstrap.__new__(PatientBootstrap)
-    patients.__dict__.update(bootstrap.__dict__, samples=bootstrap.patients, singletons=True)
-    size = len(flips)
+    patients, size = bootstrap.of_patients(), len(flips)
     for key, least, at in (("ambiguity.any_label/", 1, None), (f"ambiguity.any_label@{k}/", k, k)):
         call = _needing(
-            least, size, drawn if at is None else None, lambda at=at: patients.mean(ambiguous(flips.sum(axis=0), size, at))
+            least,
+            size,
+            drawn if at is None else None,
+            lambda at=at: patients.mean(ambiguous(flips.sum(axis=0), size, at)),
         )
         results[key].append(_attempt(call)[""])
 
@@ -205,5 +208,5 @@ def _score(info: MetricInfo, estimates: list[Estimate | Undefined]) -> Score:
     ends = mean.interval()
     made = "bootstrap over patients" if np.isfinite(ends.low) else ""
     if not np.isfinite(mean.value):
-        return Score(mean.value, n=mean.n, version=info.version, reason="the metric gave no finite value")
+        return Score(float("nan"), n=mean.n, version=info.version, reason="the metric gave no finite value")
     return Score(mean.value, ends.low, ends.high, made, mean.n, info.version)

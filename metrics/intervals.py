@@ -5,6 +5,7 @@ Test cases are resampled by patient; members never are (37 % of them would drop 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from scipy.special import betaincinv, gammaln, ndtri, stdtrit
 
 from .api import Undefined
 
-_DRAW_BLOCK = 128  # draws that are expanded to float64 at once: bounds memory, not the result
+_DRAW_BLOCK = 64  # draws that are expanded to float64 at once: bounds memory, not the result
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Estimate:
 class CaseMean:
     """A mean over cases, `sum_i w_i v_i / sum_i w_i`, whose bootstrap is left to the caller.
 
-    values: [sample]; weight: [sample] or None (all 1); 0 masks a case. Values of masked cases are ignored, NaN included.
+    values: [sample]; weight: [sample] or None (all 1); 0 masks a case, whose value is then
+    ignored, NaN included.
     """
 
     values: np.ndarray
@@ -81,6 +83,12 @@ class PatientBootstrap:
     def _order(self) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(self.index, kind="stable")
         return order, np.searchsorted(self.index[order], np.arange(self.patients))
+
+    def of_patients(self) -> PatientBootstrap:
+        """Return the same draws for values that are given per patient."""
+        patients = copy.copy(self)
+        patients.samples, patients.index, patients.singletons = self.patients, np.arange(self.patients), True
+        return patients
 
     def by_patient(self, values: np.ndarray) -> np.ndarray:
         """Return sums over each patient's samples: [..., sample] -> [..., patient]."""

@@ -54,7 +54,7 @@ class Membership:
     def warning(self, epsilon: float) -> str:
         """Return why this validation split cannot resolve epsilon, or ""."""
         if self.loss == "zero_one" and epsilon < 1 / self.patients:
-            return f"epsilon {epsilon:g} is under one validation patient (1/{self.patients}): membership means no more error"
+            return f"epsilon {epsilon:g} is under one validation patient (1/{self.patients})"
         units = self.epsilon_in_se(epsilon)
         if self.loss != "zero_one" and units < 2:
             return f"epsilon {epsilon:g} is {units:.1f} standard errors of the paired loss difference on val: under 2"
@@ -133,7 +133,9 @@ _UNIT = "share of drawn members"
 _WANTS = "the validation split"
 
 
-@register_metric("acceptance_rate", direction="higher", level="membership", unit=_UNIT, citation="this suite", needs=_WANTS)
+@register_metric(
+    "acceptance_rate", direction="higher", level="membership", unit=_UNIT, citation="this suite", needs=_WANTS
+)
 def _acceptance(m: Membership, epsilon: float) -> np.ndarray:
     """Share of the drawn members whose validation loss is within epsilon of the base's."""
     return m.accepted(epsilon)

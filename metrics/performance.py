@@ -105,8 +105,9 @@ def _ece(context: Context, probabilities: np.ndarray) -> Estimate:
 def aurocs(context: Context, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return every member's AUROC, [member], and on the bootstrap draws, [draw, member].
 
-    `sum_{i pos, j neg} w_i w_j (1[s_i > s_j] + 1[s_i = s_j]/2) / (w_pos w_neg)`, w the counts of a draw: by sorting, not
-    over pairs. Two classes: the positive one, ranked by its odds, which keeps confident scores apart.
+    `sum_{i pos, j neg} w_i w_j (1[s_i > s_j] + 1[s_i = s_j]/2) / (w_pos w_neg)`, w the counts of a
+    draw: by sorting, not over pairs. Two classes: the positive one, ranked by its odds, which keep confident scores
+    apart.
     """
     classes = [context.positive] if context.classes == 2 else range(context.classes)
     parts = []
@@ -130,12 +131,13 @@ def _auroc_of_class(context: Context, scores: list[np.ndarray], c: int) -> tuple
     ranks = []
     values = np.empty(len(scores))
     for m, s in enumerate(scores):
-        order = np.argsort(s[neg])
-        ranked = s[neg][order]
-        below, upto = (np.searchsorted(ranked, s[pos], side) for side in ("left", "right"))
+        order, winners = np.argsort(s[neg]), np.argsort(s[pos])
+        ranked, sought = s[neg][order], s[pos][winners]  # sorted look-ups are the faster ones
+        below, upto = (np.searchsorted(ranked, sought, side) for side in ("left", "right"))
         values[m] = (below.sum() + upto.sum()) / (2.0 * len(pos) * len(neg))
+        upto = below if np.array_equal(below, upto) else upto  # without ties one look-up serves both
         if b.draws:
-            ranks.append((order, below, upto))
+            ranks.append((winners, order, below, upto))
     draws = np.empty((b.draws, len(scores)))
     for block in b.blocks():
         w_pos, w_neg = b.sample_counts(pos, block), b.sample_counts(neg, block)
@@ -146,13 +148,20 @@ def _auroc_of_class(context: Context, scores: list[np.ndarray], c: int) -> tuple
     return values, draws
 
 
-def _weighted_wins(w_pos: np.ndarray, w_neg: np.ndarray, order: np.ndarray, below: np.ndarray, upto: np.ndarray):
+def _weighted_wins(
+    w_pos: np.ndarray,
+    w_neg: np.ndarray,
+    winners: np.ndarray,
+    order: np.ndarray,
+    below: np.ndarray,
+    upto: np.ndarray,
+) -> np.ndarray:
     """Return twice the weighted number of won pairs of each draw: weights [sample, draw] -> [draw]."""
     running = np.zeros((len(order) + 1, w_neg.shape[1]), np.float32)  # sums of counts: exact below 2^24
     np.cumsum(w_neg[order], axis=0, out=running[1:])
-    wins = running[below]
-    wins += running[upto]
-    return np.einsum("nd,nd->d", w_pos, wins, dtype=np.float64)
+    wins = running.take(below, axis=0)
+    wins += wins if below is upto else running.take(upto, axis=0)
+    return np.einsum("nd,nd->d", w_pos[winners], wins, dtype=np.float64)
 
 
 def calibration_errors(context: Context, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,16 +178,22 @@ def calibration_errors(context: Context, probabilities: np.ndarray) -> tuple[np.
     values = np.empty(len(probabilities))
     draws = np.empty((b.draws, len(probabilities)))
     for m, p in enumerate(probabilities):
-        confidence = p.max(axis=-1)
+        confidence = _top(p)
         excess = np.where(context.known, (decide(p) == context.labels) - confidence, 0.0)
         bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-        used = np.unique(bins[known])
-        in_bin = np.where(bins == used[:, None], excess, 0.0)
-        values[m] = np.abs(in_bin.sum(axis=1)).sum() / len(known)
+        values[m] = np.abs(np.bincount(bins, excess)).sum() / len(known)
         if b.draws:
+            in_bin = np.where(bins == np.unique(bins[known])[:, None], excess, 0.0)
             with np.errstate(invalid="ignore", divide="ignore"):
                 draws[:, m] = np.abs(b.resample(b.by_patient(in_bin))).sum(axis=1) / sizes
     return values, draws
+
+
+def _top(probabilities: np.ndarray) -> np.ndarray:
+    top = probabilities[..., 0]
+    for c in range(1, probabilities.shape[-1]):
+        top = np.maximum(top, probabilities[..., c])
+    return top
 
 
 def _need_every_class(context: Context) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from .api import register_metric
 from .context import Context, class_scores, member_mean, sample_blocks
 from .decisions import expected_maximum
-from .intervals import CaseMean
 from .information import divergences
+from .intervals import CaseMean
 
 _RANGE = "Watson-Daniels, Parkes, Ustun (AAAI 2023)"
 _SPREAD = "Long et al. (NeurIPS 2023)"
@@ -29,9 +29,7 @@ def score_range(scores: np.ndarray, k: int | None = None) -> np.ndarray:
     return expected_maximum(moved, k) + expected_maximum(-moved, k)
 
 
-def viable_prediction_range(
-    probabilities: np.ndarray, classes: np.ndarray | int, k: int | None = None
-) -> np.ndarray:
+def viable_prediction_range(probabilities: np.ndarray, classes: np.ndarray | int, k: int | None = None) -> np.ndarray:
     """Return the range of the probability of chosen classes: [member, sample, class] -> [sample].
 
     classes: the true class [sample] (the default of the suite), the positive class (an int), or the class that the base

@@ -1,0 +1,223 @@
+"""`run-benchmark`: one run, a sweep of runs (`-m`), or every cell of a suite."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UserError
+
+USAGE = """run-benchmark - do equally accurate networks decide alike?
+
+  run-benchmark                                        the quickstart suite: every generator on synthetic radiographs
+  run-benchmark generator=swag dataset=breastmnist     one run
+  run-benchmark -m generator=swag,laplace base_seed=0,1,2    a sweep
+  run-benchmark suite=NAME|FILE [generator=X]          every cell of a suite, or one row of it
+  run-benchmark list=true                              generators, datasets, networks, metrics and suites
+  run-benchmark ... dry_run=true                       the stages, and which of them are in the store
+
+Options (NAME=VALUE):
+  generator, dataset, network, suite    names, see list=true; defaults: dataset phantom_cxr, network smallcnn
+  generator.FIELD, dataset.FIELD, network.FIELD, training.FIELD     settings of a part (training.epochs=5)
+  members            networks drawn (20)
+  epsilon            tolerance of membership on val, in nats (0.05); others are shown at epsilons ([0.02,0.05,0.1])
+  k                  common number of members at which sets are compared (5)
+  loss               loss of membership: nll, zero_one, auroc, balanced_accuracy, brier (nll)
+  base_seed, generator_seed, resample_seed             seeds (0, 0, null: no resampling of the training data)
+  device             auto, cpu or cuda (auto); tf32=true allows TF32
+  threads            CPU threads (0: all)
+  data_root          folder that holds medmnist/*.npz and nih_chest_xray14*/; for dataset=npz a file
+                     (default: MULTIPLICITY_BENCH_DATA, else ../shared/data, else ~/.medmnist)
+  artifacts_dir, records_dir                           where results go (outputs/artifacts, outputs/records)
+
+Generators:
+{generators}
+The second command is `leaderboard`: build, check, verify, export, clean.
+"""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    argv = sys.argv[1:]
+    if not argv or set(argv) & {"-h", "--help"} or "list=true" in argv:
+        # These answer without importing torch, which takes seconds.
+        if set(argv) & {"-h", "--help"}:
+            print(USAGE.format(generators=_listing("generator")))
+            return
+        if "list=true" in argv:
+            _list()
+            return
+    sys.exit(guarded(_hydra))
+
+
+def guarded(command: Any, *arguments: Any) -> int:
+    """Return the exit code of `command`: one line and 2 for a user's mistake (Hydra's among them), 130 for Ctrl-C."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines and exits with 1
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return int(command(*arguments) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {_hydra_message(error)}", file=sys.stderr)
+    except OSError as error:
+        from .store import explain_os_error
+
+        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _hydra() -> int:
+    import hydra
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from .spec import register_config
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    register_config()
+    codes: list[int] = []
+
+    @hydra.main(config_path="conf", config_name="config", version_base="1.3")
+    def job(config: Any) -> None:
+        codes.append(run(config))
+
+    _check_names(sys.argv[1:])
+    job()
+    return max(codes, default=0)
+
+
+def run(config: Any) -> int:
+    """Carry out what one composed configuration asks for: a single run, or the cells of a suite."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.suite is None and config.generator is not None:
+        return run_one(config)
+    return run_suite(config.suite or "quickstart", [o for o in overrides if not o.startswith("suite=")])
+
+
+def run_one(config: Any) -> int:
+    """Carry out one run and print its record's path and main scores."""
+    from ..leaderboard.terminal import summary_line
+    from .spec import build_spec
+    from .stages import Run, Session
+
+    task = Run(build_spec(config), Session())
+    if config.dry_run:
+        _print_plan(task)
+        return 0
+    record, path = task.record()
+    print(f"{path}\n{summary_line(record)}")
+    return 1 if record["status"] == "failed" else 0
+
+
+def run_suite(name: str, overrides: Sequence[str]) -> int:
+    """Carry out every cell of a suite (with the user's own overrides on top) and print its table."""
+    from ..leaderboard.suite import load_suite
+    from ..leaderboard.terminal import render_terminal, summary_line
+    from .progress import log
+    from .stages import Run, Session
+    from .suites import chosen_rows, compose_cell, effective_suite
+
+    suite = load_suite(name)
+    overrides, rows = chosen_rows(suite, overrides)
+    cells = [(row, seed) for seed in suite.base_seeds for row in rows]
+    specs = [compose_cell(suite, row, seed, overrides) for row, seed in cells]
+    session, kept, code = Session(), [], 0
+    for i, spec in enumerate(specs, 1):
+        task = Run(spec, session)
+        if spec.options.dry_run:
+            _print_plan(task)
+            continue
+        record, path = task.record(suite.name if suite.predictions else None)
+        log(f"[{i}/{len(cells)}] {summary_line(record)}\n    {path}")
+        kept.append(record)
+        code = max(code, int(record["status"] == "failed"))
+    if kept:
+        print(render_terminal(kept, effective_suite(suite, rows, specs)))
+        print(f"{len(kept)} records in {specs[0].options.records_dir}")
+    return code
+
+
+def _print_plan(task: Any) -> None:
+    print(f"{task.spec.row}, base seed {task.spec.options.base_seed}, dataset {task.data.name} ({task.data.digest[:12]})")
+    for stage, key, there in task.plan():
+        print(f"  {stage:<12} {key[:12]}  {'hit' if there else 'miss'}")
+
+
+def _check_names(argv: Sequence[str]) -> None:
+    """Refuse an unknown dataset, network or generator with the closest names, before Hydra lists its own."""
+    from ..datasets.api import DATASETS
+    from ..generators.api import GENERATORS
+    from .networks import NETWORKS
+
+    for argument in argv:
+        group, _, names = argument.lstrip("+~").partition("=")
+        registry = {"dataset": DATASETS, "network": NETWORKS, "generator": GENERATORS}.get(group)
+        for name in names.split(",") if registry else []:
+            if name and name != "null" and not name.startswith("glob("):
+                registry.get(name)  # type: ignore[union-attr]
+
+
+def _hydra_message(error: Exception) -> str:
+    """Return Hydra's or OmegaConf's message as one line, with close names for an option that does not exist."""
+    import re
+
+    from ..errors import suggest
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause).strip():
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+    text = " ".join(lines)
+    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if found:
+        where = re.search(r"full_key: (\S+)", text)
+        option = where.group(1) if where else found.group(1)
+        return f"there is no option '{option}': {_suggest_option(option)}"
+    return suggest_free(text) if (suggest_free := _first_sentence) else suggest(text, [])
+
+
+def _first_sentence(text: str) -> str:
+    import re
+
+    text = re.sub(r"\s*(full_key|object_type|reference_type): ?\S*", lambda m: f" ({m.group(0).strip()})" if "full_key" in m.group(0) else "", text)
+    return re.sub(r"Could not override '([^']+)'\.", r"cannot set \1:", text)[:400]
+
+
+def _suggest_option(option: str) -> str:
+    from dataclasses import fields
+
+    from ..errors import suggest
+    from .spec import Options
+    from .train import Training
+
+    known = [f.name for f in fields(Options)] + [f"training.{f.name}" for f in fields(Training)]
+    prefix = option.partition(".")[0]
+    if "." in option and prefix in ("dataset", "network", "generator"):
+        return f"run-benchmark list=true shows the settings of every {prefix}"
+    return suggest(option, known)
+
+
+def _listing(kind: str) -> str:
+    from .listing import describe
+
+    return describe(kind)
+
+
+def _list() -> None:
+    from ..leaderboard.suite import suite_names
+
+    for kind in ("generator", "dataset", "network", "metric"):
+        print(f"{kind}s\n{_listing(kind)}")
+    print("suites\n  " + ", ".join(suite_names()))

@@ -1,0 +1,191 @@
+"""The configuration of a run, and its identity: what decides its result, and nothing else.
+
+Device index, threads, block size, paths and log level are no part of an identity; neither are epsilon and k, which
+define scores of stored predictions and belong to the digest of the scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ..datasets.api import DATASETS, Data
+from ..errors import UserError
+from ..generators.api import GENERATORS, Generator, choices
+from ..identity import digest, plain, row_label
+from ..metrics.api import Settings
+from ..registry import Registry
+from .networks import NETWORKS
+from .train import Training
+
+
+@dataclass
+class Options:
+    """Options of `run-benchmark`.
+
+    members: networks drawn; epsilon: tolerance of membership, in nats on val; epsilons: those at which acceptance is
+    shown; k: the common number of members at which set metrics are compared; loss: that of membership; draws, seed: of
+    the bootstrap over patients; threads: CPU threads (0 = all); the rest is told by its name or in the README.
+    """
+
+    dataset: Any = None
+    network: Any = None
+    generator: Any = None
+    training: Training = field(default_factory=Training)
+    suite: str | None = None
+    data_root: str | None = None
+    base_seed: int = 0
+    generator_seed: int = 0
+    resample_seed: int | None = None
+    members: int = 20
+    epsilon: float = 0.05
+    epsilons: tuple[float, ...] = field(default_factory=lambda: (0.02, 0.05, 0.1))
+    k: int = 5
+    loss: str = "nll"
+    draws: int = 1000
+    seed: int = 0
+    device: str = "auto"
+    tf32: bool = False
+    threads: int = 0
+    artifacts_dir: str = "outputs/artifacts"
+    records_dir: str = "outputs/records"
+    list: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class Spec:
+    """One run, checked: its components as instances and every option that it depends on."""
+
+    dataset: Any
+    network: Any
+    generator: Generator
+    training: Training
+    options: Options
+    device: torch.device
+    names: dict[str, str]
+
+    @property
+    def row(self) -> str:
+        """Return the name of the run's row: the generator and its non-default fields."""
+        defaults = plain(type(self.generator)())
+        return row_label(
+            self.names["generator"], {k: v for k, v in plain(self.generator).items() if v != defaults[k]}
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """Return what the run declares about scoring."""
+        o = self.options
+        return Settings(o.epsilon, tuple(o.epsilons), o.k, o.loss, o.draws, o.seed)
+
+    def part(self, kind: str) -> dict[str, Any]:
+        """Return {"name", "version", fields...} of one component."""
+        component = getattr(self, kind)
+        return {"name": self.names[kind], "version": type(component).version, **plain(component)}
+
+    def base_identity(self, data: Data) -> dict[str, Any]:
+        """Return what the base network depends on."""
+        return {
+            "dataset": {**self.part("dataset"), "digest": data.digest},
+            "network": self.part("network"),
+            "training": {"version": Training.version, **plain(self.training)},
+            "base_seed": self.options.base_seed,
+            "resample_seed": self.options.resample_seed,
+            "numerics": self.numerics,
+        }
+
+    def identity(self, data: Data) -> dict[str, Any]:
+        """Return the identity of the run: the base's and the generator's."""
+        return self.base_identity(data) | {
+            "generator": self.part("generator"),
+            "generator_seed": self.options.generator_seed,
+            "members": self.options.members,
+        }
+
+    def keys(self, data: Data) -> dict[str, str]:
+        """Return the key of every stage."""
+        base = digest(self.base_identity(data))
+        model_set = digest(self.identity(data))
+        return {"base": base, "set": model_set, "predictions": digest({"set": model_set, "views": ["val", "test"]})}
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """Return the declared numerics."""
+        return {"device": self.device.type, "dtype": "float32", "tf32": self.options.tf32, "autocast": "none"}
+
+
+def register_config() -> None:
+    """Put the options and every component that can be imported into Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    store.store(name="options", node=Options)
+    for group, registry in (("dataset", DATASETS), ("network", NETWORKS), ("generator", GENERATORS)):
+        for name, component in registry.load_all():
+            node = dataclasses.make_dataclass(component.__name__, [("name", str, field(default=name))], bases=(component,))
+            node.__module__ = component.__module__
+            store.store(group=group, name=name, node=node)
+
+
+def build_spec(config: DictConfig) -> Spec:
+    """Return the checked run that a composed configuration describes; UserError for what cannot be."""
+    values = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k != "training"}  # type: ignore[union-attr]
+    options = Options(**{k: v for k, v in values.items() if k not in ("dataset", "network", "generator")})
+    options.training = Training(**OmegaConf.to_container(config.training))  # type: ignore[arg-type]
+    _check(options)
+    components, names = {}, {}
+    for kind, registry in (("dataset", DATASETS), ("network", NETWORKS), ("generator", GENERATORS)):
+        chosen = values.get(kind)
+        if not isinstance(chosen, Mapping):
+            raise UserError(f"{kind}: none is chosen: add {kind}=NAME (list=true shows the names)")
+        names[kind] = chosen["name"]
+        components[kind] = create(registry, chosen)
+    return Spec(
+        components["dataset"],
+        components["network"],
+        components["generator"],
+        options.training,
+        options,
+        resolve_device(options.device),
+        names,
+    )
+
+
+def create(registry: Registry[Any], chosen: Mapping[str, Any]) -> Any:
+    """Return an instance of the component that {"name", fields...} describes."""
+    component = registry.get(chosen["name"])(**{k: v for k, v in chosen.items() if k not in ("name", "version")})
+    component.name = chosen["name"]
+    return component
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `auto | cpu | cuda` means here; UserError for CUDA asked for and absent."""
+    choices(name, "device", ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here: use device=cpu or device=auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_numerics(spec: Spec) -> None:
+    """Apply threads and TF32 to this process."""
+    if spec.options.threads:
+        torch.set_num_threads(spec.options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = spec.options.tf32
+    torch.backends.cudnn.allow_tf32 = spec.options.tf32
+    torch.backends.cudnn.deterministic = True
+
+
+def _check(o: Options) -> None:
+    for name, low in (("members", 1), ("k", 1), ("draws", 1), ("threads", 0), ("base_seed", 0), ("generator_seed", 0)):
+        if getattr(o, name) < low:
+            raise UserError(f"{name}={getattr(o, name)} must be at least {low}")
+    for value in (o.epsilon, *o.epsilons):
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"epsilon={value:g} must be a finite number of at least 0 (nats on val)")
+    choices(o.loss, "loss", ("nll", "zero_one", "auroc", "balanced_accuracy", "brier"))

@@ -1,0 +1,450 @@
+"""The stages of a run: dataset -> base -> model set -> predictions -> scores -> record.
+
+Each finished stage is an artifact; a run that was killed goes on where it stopped. Nothing after `base` sees val or
+test except predictions, which are what every metric reads.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..datasets.api import Data, Split, prepare, resolve_data_root
+from ..errors import Diverged, UserError
+from ..generators.api import Part, Problem, Trained
+from ..generators.modelset import ModelSet, StackedSet
+from ..identity import array_digest, canonical_json, derive_seed, digest, plain
+from ..leaderboard import record as records
+from ..leaderboard.predictions import predictions_arrays, save_predictions
+from ..metrics.api import Predictions
+from ..metrics.evaluation import Evaluation, catalogue, evaluate
+from .networks import Network
+from .predict import base_block, choose_strategy, predict, predict_block
+from .progress import log, progress
+from .provenance import device_name, provenance
+from .spec import Spec, set_numerics
+from .store import FileCheckpoint, Stopwatch, Store, synchronise
+from .train import gradient_norm, mean_loss, train
+from .train import bootstrap_rows as bootstrap
+
+WEIGHTS = "weights.safetensors"
+VIEWS = ("val", "test")
+
+
+@dataclass
+class Session:
+    """What the runs of one process share: loaded datasets, and how long each base training took here."""
+
+    datasets: dict[str, Data] = field(default_factory=dict)
+    base_seconds: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    def data(self, spec: Spec) -> Data:
+        """Return the prepared dataset of a run, loading each only once; resampled where the run asks for it."""
+        key = canonical_json([spec.part("dataset"), spec.options.data_root, spec.options.resample_seed])
+        if key not in self.datasets:
+            data = prepare(spec.dataset, resolve_data_root(spec.options.data_root))
+            if spec.options.resample_seed is not None:
+                split = data.splits["train"]
+                patient = None if split.patient is None else torch.from_numpy(split.patient)
+                rows = bootstrap(patient, len(split), derive_seed("resample", spec.options.resample_seed))
+                data = replace(data, splits={**data.splits, "train": split.take(rows.numpy())})
+            self.datasets = {key: data}
+        return self.datasets[key]
+
+
+class Run:
+    """One run: `spec` says what, `session` what is loaded already."""
+
+    def __init__(self, spec: Spec, session: Session):
+        self.spec, self.session = spec, session
+        set_numerics(spec)
+        self.data = session.data(spec)
+        self.keys = spec.keys(self.data)
+        self.store = Store(Path(spec.options.artifacts_dir), log)
+        self.device = spec.device
+        first = self.data.splits["train"]
+        outputs = len(self.data.classes)
+        self.network = Network(spec.part("network"), first.images.shape[1], first.images.shape[2], outputs)
+
+    def part(self, name: str) -> Part:
+        """Return images and labels of one split on the device."""
+        split = self.data.splits[name]
+        return Part(torch.from_numpy(split.images).to(self.device), torch.from_numpy(split.labels).to(self.device))
+
+    def plan(self) -> list[tuple[str, str, bool]]:
+        """Return (stage, key, already there) for every stage."""
+        return [(stage, key, self.store.find(stage, key) is not None) for stage, key in self.keys.items()]
+
+    def base(self) -> Trained:
+        """Return the base network, trained if it is not in the store."""
+        spec, key = self.spec, self.keys["base"]
+
+        def compute(work: Path) -> dict[str, Any]:
+            checkpoint = FileCheckpoint(work)
+            start = time.perf_counter()
+            trained = self._fit(checkpoint)(derive_seed("base", spec.options.base_seed), name="training the base")
+            synchronise(self.device)
+            if not checkpoint.resumed:
+                self.session.base_seconds[key] = (time.perf_counter() - start, "whole")
+            leaves = {f"params/{n}": p for n, p in trained.params.items()}
+            leaves |= {f"buffers/{n}": b for n, b in trained.buffers.items()}
+            save_file({n: t.cpu().contiguous() for n, t in leaves.items()}, work / WEIGHTS)
+            norm = gradient_norm(self.network, self.part("train"), spec.training, trained)
+            return {"losses": trained.losses, "gradient_norm": norm, "network": self.network.describe()}
+
+        folder = self.store.produce("base", key, spec.base_identity(self.data), compute)
+        leaves = load_file(folder / WEIGHTS, device=str(self.device))
+        pick = lambda group: {  # noqa: E731
+            n.removeprefix(group): leaf for n, leaf in leaves.items() if n.startswith(group)
+        }
+        params, buffers = self.network.init(0)  # files sort names; the network's own order is what flat vectors follow
+        found_params, found_buffers = pick("params/"), pick("buffers/")
+        return Trained({n: found_params[n] for n in params}, {n: found_buffers[n] for n in buffers})
+
+    def problem(self, work: Path | None = None) -> Problem:
+        """Return what the generator may see; with `work`, checkpoints and timings go to that unfinished artifact."""
+        base = self.base()
+        problem = Problem(
+            network=self.network,
+            base=base,
+            module=lambda: self.network.module(base.params, base.buffers),
+            train=self.part("train"),
+            tune=self.part("tune"),
+            task=self.data.task,
+            classes=self.network.outputs,
+            loss=mean_loss,
+            prior_precision=self.spec.training.prior_precision,
+            batch_size=self.spec.training.batch_size,
+            fit=self._fit(None),
+            members=self.spec.options.members,
+            device=self.device,
+            progress=progress,
+        )
+        if work is not None:
+            problem.checkpoint = FileCheckpoint(work)
+            problem.clock = Stopwatch(work, self.device)
+            problem.fit = self._fit(problem.checkpoint)
+            problem.part = self._part(problem.clock)
+        return problem
+
+    def model_set(self) -> ModelSet:
+        """Return the generator's set, generated if it is not in the store."""
+        spec, key = self.spec, self.keys["set"]
+
+        def compute(work: Path) -> dict[str, Any]:
+            base_seconds, how = self.base_training_seconds()
+            problem = self.problem(work)
+            clock: Stopwatch = problem.clock  # type: ignore[assignment]
+            memory = PeakMemory(self.device)
+            booked, start = sum(clock.seconds.values()), time.perf_counter()
+            seed = derive_seed("generator", spec.names["generator"], spec.options.generator_seed, spec.options.base_seed)
+            model_set = spec.generator.generate(problem, seed)
+            synchronise(self.device)
+            # What a generator did not book itself belongs to the set as a whole.
+            clock.seconds["fixed"] += max(0.0, time.perf_counter() - start - sum(clock.seconds.values()) + booked)
+            if not isinstance(model_set, StackedSet):
+                with clock.marginal():
+                    for _ in model_set.blocks(16):
+                        pass
+            peak = memory.stop()
+            model_set.save(work, self.network.describe())
+            return {
+                "fixed_s": clock.seconds["fixed"],
+                "marginal_s": clock.seconds["marginal"] / model_set.size,
+                "attempts": clock.attempts,
+                "base_training_s": base_seconds,
+                "base_training_timed": how,
+                "peak_memory_bytes": peak,
+                "bytes_per_member": model_set.bytes_per_member(),
+                "threads": torch.get_num_threads(),
+                "device_name": device_name(self.device),
+            }
+
+        folder = self.store.produce("set", key, spec.identity(self.data), compute)
+        return ModelSet.load(folder, self.device)
+
+    def predictions(self, model_set: ModelSet) -> dict[str, Predictions]:
+        """Return the set's predictions on val and test, computed if they are not in the store."""
+        key = self.keys["predictions"]
+
+        def compute(work: Path) -> dict[str, Any]:
+            base, checkpoint = self.base(), FileCheckpoint(work)
+            stored = checkpoint.load("strategy")
+            strategy = (
+                bytes(stored["name"].tolist()).decode()
+                if stored
+                else choose_strategy(self.network, model_set, self.part("val").images)
+            )
+            checkpoint.save("strategy", {"name": torch.tensor(list(strategy.encode()), dtype=torch.uint8)})
+            for view in VIEWS:
+                self._predict_view(work, checkpoint, view, base, model_set, strategy)
+            return {"strategy": strategy}
+
+        folder = self.store.produce("predictions", key, {"set": self.keys["set"], "views": list(VIEWS)}, compute)
+        return {view: self._load_view(folder, view) for view in VIEWS}
+
+    def record(self, suite: str | None = None) -> tuple[dict[str, Any], Path]:
+        """Carry out the whole run and return its record and where it is written.
+
+        A generator that cannot run here gives a skipped record with its reason; one whose numbers leave the finite
+        ones a failed record. Other failures are recorded with their traceback and raised again.
+        """
+        try:
+            reason = self.spec.generator.supports(self.problem())
+            if reason:
+                return self._write("skipped", reason)
+            model_set = self.model_set()
+            views = self.predictions(model_set)
+            arrays = predictions_arrays(views["val"], views["test"])
+            evaluation = evaluate(views["val"], views["test"], self.spec.settings)
+        except Diverged as error:
+            return self._write("failed", str(error))
+        except (UserError, OSError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            self._write("failed", f"{type(error).__name__}: {error}", {"traceback": _traceback()})
+            raise
+        return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, suite=suite)
+
+    def base_training_seconds(self) -> tuple[float, str]:
+        """Return the seconds one base training takes in this process, and how they were timed.
+
+        Where the base was trained by an earlier process, two epochs are timed after one to warm up.
+        """
+        key = self.keys["base"]
+        self.base()
+        if key not in self.session.base_seconds:
+            recipe, data, seed = self.spec.training, self.part("train"), derive_seed("timing")
+            train(self.network, data, replace(recipe, epochs=1, polish=0), seed)
+            start = time.perf_counter()
+            train(self.network, data, replace(recipe, epochs=2, polish=0), seed)
+            synchronise(self.device)
+            seconds = (time.perf_counter() - start) / 2 * recipe.epochs
+            self.session.base_seconds[key] = (seconds, "extrapolated from 2 epochs")
+        return self.session.base_seconds[key]
+
+    def _fit(self, checkpoint: Any) -> Any:
+        split = self.data.splits["train"]
+        patient = None if split.patient is None else torch.from_numpy(split.patient)
+        data = self.part("train")
+
+        def fit(seed: int, **arguments: Any) -> Trained:
+            return train(
+                self.network,
+                data,
+                self.spec.training,
+                seed,
+                patient=patient,
+                **{"checkpoint": checkpoint, "progress": progress, **arguments},
+            )
+
+        return fit
+
+    def _part(self, clock: Stopwatch) -> Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]:
+        def part(name: str, spec: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            whole = {"base": self.keys["base"], "part": name, "spec": plain(spec)}
+            key, file = digest(whole), f"{name}.safetensors"
+
+            def build(work: Path) -> dict[str, Any]:
+                start = time.perf_counter()
+                tensors = compute()
+                synchronise(self.device)
+                seconds = time.perf_counter() - start
+                save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, work / file)
+                return {"seconds": seconds}
+
+            found = self.store.find("part", key) is not None
+            folder = self.store.produce("part", key, whole, build)
+            if found:  # computed for another generator: this one pays for it as if it had done it itself
+                clock.seconds["fixed"] += self.store.about("part", key)["seconds"]
+            return load_file(folder / file, device=str(self.device))
+
+        return part
+
+    def _predict_view(
+        self, work: Path, checkpoint: FileCheckpoint, view: str, base: Trained, model_set: ModelSet, strategy: str
+    ) -> None:
+        """Write `<view>.npy` [member + 1, sample, class]: the base first, then the members, block after block."""
+        images = self.part(view).images
+        path = work / f"{view}.npy"
+        shape = (model_set.size + 1, len(images), self.network.outputs)
+        done = checkpoint.load(f"{view} done")
+        if done is None or not path.is_file():
+            logits = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            logits[0] = predict_block(self.network, base_block(base), images, strategy)[0].float().cpu().numpy()
+            first = 0
+        else:
+            logits, first = np.lib.format.open_memmap(path, mode="r+"), int(done["members"])
+
+        def write(block: Any, values: Tensor) -> None:
+            logits[block.start + 1 : block.start + 1 + block.size] = values.cpu().numpy()
+            logits.flush()
+            checkpoint.save(f"{view} done", {"members": torch.tensor(block.start + block.size)})
+
+        predict(self.network, model_set, images, strategy=strategy, write=write, first=first, progress=progress)
+        logits.flush()
+
+    def _load_view(self, folder: Path, view: str) -> Predictions:
+        logits = np.load(folder / f"{view}.npy", mmap_mode="r", allow_pickle=False)
+        split = self.data.splits[view]
+        return Predictions(
+            logits=logits[1:],
+            base=logits[0],
+            labels=split.labels,
+            task=self.data.task,
+            view=view,
+            positive=self.data.positive,
+            patient=split.patient,
+            ids=split.ids,
+            attributes=dict(split.attributes),
+        )
+
+    def _write(
+        self,
+        status: str,
+        reason: str,
+        diagnostics: dict[str, Any] | None = None,
+        *,
+        model_set: ModelSet | None = None,
+        evaluation: Evaluation | None = None,
+        arrays: dict[str, np.ndarray] | None = None,
+        suite: str | None = None,
+    ) -> tuple[dict[str, Any], Path]:
+        settings = self.spec.settings
+        folder = Path(self.spec.options.records_dir)
+        record: dict[str, Any] = {
+            "row": self.spec.row,
+            "status": status,
+            "reason": reason,
+            "identity": self.spec.identity(self.data),
+            "protocol": {**plain(settings), "metrics": {n: i.version for n, i in catalogue().items()}},
+            "scores": {},
+            "set": {"drawn": self.spec.options.members, "accepted": [], "diagnostics": diagnostics or {}, "notes": []},
+            "data": data_section(self.data),
+            "cost": {},
+            "provenance": provenance(self.device),
+            "predictions": {"file": None, "digest": None},
+        }
+        if model_set is not None and evaluation is not None and arrays is not None:
+            record["scores"] = {key: plain_score(score) for key, score in evaluation.scores.items()}
+            record["set"] = set_section(model_set, evaluation)
+            record["cost"] = cost_section(self.store.about("set", self.keys["set"]), len(evaluation.accepted), model_set.size)
+            record["predictions"] = {"file": None, "digest": array_digest(arrays)}
+            if suite is not None:
+                sealed = records.seal(record)
+                path = folder.parent / "predictions" / suite / f"{sealed['name']}.npz"
+                save_predictions(path, arrays)
+                record["predictions"]["file"] = path.name
+        sealed = records.seal(record)
+        return sealed, records.write(sealed, folder)
+
+
+def plain_score(score: Any) -> dict[str, Any]:
+    """Return a score as a record holds it."""
+    return {name: getattr(score, name) for name in score.__dataclass_fields__}
+
+
+def set_section(model_set: ModelSet, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what the record says about the set: who was drawn, who is in, and by which losses on val."""
+    return {
+        "drawn": model_set.size,
+        "accepted": [int(k) for k in evaluation.accepted],
+        "deployable": model_set.deployable,
+        "batchnorm": model_set.batchnorm,
+        "notes": [*model_set.notes, *evaluation.warnings],
+        "diagnostics": model_set.diagnostics,
+        "epsilon_in_se": evaluation.epsilon_in_se,
+        "val_loss_base": float(evaluation.membership.base),
+        "val_loss": [float(loss) for loss in evaluation.membership.members],
+    }
+
+
+def cost_section(about: dict[str, Any], accepted: int, drawn: int) -> dict[str, Any]:
+    """Return the costs of METRICS.md, 8: fixed and marginal, in seconds and in base trainings (`_bt`)."""
+    unit = about["base_training_s"]
+    whole = about["fixed_s"] + drawn * about["marginal_s"]
+    per_accepted = whole / accepted if accepted else None
+    seconds = {"fixed_cost": about["fixed_s"], "marginal_cost": about["marginal_s"], "cost_per_accepted": per_accepted}
+    cost = {f"{n}_s": value for n, value in seconds.items()}
+    cost |= {f"{n}_bt": None if value is None else value / unit for n, value in seconds.items()}
+    return cost | {
+        "cost_per_accepted_with_base_bt": (whole + unit) / accepted / unit if accepted else None,
+        "base_training_s": unit,
+        "base_training_timed": about["base_training_timed"],
+        "peak_memory_bytes": about["peak_memory_bytes"],
+        "bytes_per_member": about["bytes_per_member"],
+        "resumed": about["attempts"] > 1,
+        "hardware": f"{about['device_name']}, {about['threads']} CPU threads",
+        "threads": about["threads"],
+    }
+
+
+def data_section(data: Data) -> dict[str, Any]:
+    """Return what the record says about the data."""
+    patients = [s.patient for s in data.splits.values()]
+    known = [p for p in patients if p is not None]
+    return {
+        "task": data.task,
+        "classes": data.classes,
+        "positive": data.positive,
+        "synthetic": data.synthetic,
+        "licence": data.licence,
+        "source": data.source,
+        "notes": data.notes,
+        "sizes": {name: len(split) for name, split in data.splits.items()},
+        "patients": {n: len(np.unique(s.patient)) for n, s in data.splits.items() if s.patient is not None}
+        if len(known) == len(patients)
+        else None,
+        "duplicates": data.duplicates,
+    }
+
+
+class PeakMemory:
+    """The most memory used above what was held at the start: on the device, or resident on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.held = torch.cuda.memory_allocated(device)
+            return
+        self.reset = True
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the process's high-water mark
+        except OSError:
+            self.reset = False
+        self.held = _status_bytes("VmRSS")
+
+    def stop(self) -> int | None:
+        """Return the bytes, or None where this system cannot tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.held
+        peak = _status_bytes("VmHWM")
+        if not self.reset or not peak:
+            return None
+        return max(0, peak - self.held)
+
+
+def _status_bytes(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+def _traceback() -> list[str]:
+    """Return the frames of the current exception, innermost last, without the paths of this machine."""
+    error = sys.exc_info()[1]
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return [f"{Path(f.filename).parent.name}/{Path(f.filename).name}:{f.lineno} in {f.name}" for f in frames]

@@ -1,0 +1,49 @@
+"""A toy problem that every generator finishes in seconds: for contract tests of built-in and third-party generators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..generators.api import Memory, Part, Problem, Trained
+from .networks import Network
+from .train import Training, mean_loss, train
+
+
+def toy_problem(
+    network: str = "mlp", members: int = 6, n: int = 160, classes: int = 2, seed: int = 0, **settings: Any
+) -> Problem:
+    """Return a problem of `n` noisy 6 x 6 images in `classes` classes, with a base trained on it in about a second.
+
+    `settings` are the network's (`norm="batch"`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.rand(classes, 1, 6, 6, generator=generator) * 120 + 60
+    images = (centres[labels] + 70 * torch.randn(n, 1, 6, 6, generator=generator)).clamp(0, 255).to(torch.uint8)
+    cut = n * 3 // 4
+    data, tune = Part(images[:cut], labels[:cut]), Part(images[cut:], labels[cut:])
+    function = Network({"name": network, **({"width": 8} if network in ("mlp", "smallcnn") else {}), **settings}, 1, 6, classes)
+    recipe = Training(epochs=8, lr=0.01)
+
+    def fit(seed: int, **arguments: Any) -> Trained:
+        return train(function, data, recipe, seed, **{"checkpoint": problem.checkpoint, **arguments})
+
+    problem = Problem(
+        network=function,
+        base=Trained(*function.init(seed)),
+        module=lambda: function.module(problem.base.params, problem.base.buffers),
+        train=data,
+        tune=tune,
+        task="binary" if classes == 2 else "multiclass",
+        classes=classes,
+        loss=mean_loss,
+        prior_precision=recipe.prior_precision,
+        batch_size=recipe.batch_size,
+        fit=fit,
+        members=members,
+    )
+    problem.base = fit(seed)
+    problem.checkpoint = Memory()
+    return problem

@@ -1,0 +1,160 @@
+"""The twelve 2D MedMNIST v2 sets (Yang et al., Scientific Data 2023), by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from ..errors import UserError
+from .api import SPLITS, Data, Split, default_data_root, register_dataset
+from .layout import image_array, label_array, read_arrays
+
+TASK_OF = {
+    "binary-class": "binary",
+    "multi-class": "multiclass",
+    "ordinal-regression": "ordinal",
+    "multi-label, binary-class": "multilabel",
+}
+# BreastMNIST numbers malignant 0 and calls normal and benign positive.
+POSITIVE = {"breastmnist": 1, "pneumoniamnist": 1}
+NOTES = {
+    "breastmnist": ["positive class: normal and benign (1); malignant is class 0"],
+    "dermamnist": [
+        "licence CC BY-NC 4.0: no commercial use",
+        "train-test leakage: HAM10000 holds several images per lesion, and the split is not by lesion",
+    ],
+}
+SIZES = (28, 64, 128, 224)
+
+
+@register_dataset(
+    "pathmnist",
+    "chestmnist",
+    "dermamnist",
+    "octmnist",
+    "pneumoniamnist",
+    "retinamnist",
+    "breastmnist",
+    "bloodmnist",
+    "tissuemnist",
+    "organamnist",
+    "organcmnist",
+    "organsmnist",
+)
+@dataclass
+class MedMNIST:
+    """MedMNIST v2: real images of one of its twelve 2D sets, at 28, 64, 128 or 224 pixels."""
+
+    size: int = 28
+
+    name = ""
+    version: ClassVar[int] = 1
+
+    def load(self, data_root: Path | None = None) -> Data:
+        """Read the official npz from `data_root`, or from its `medmnist` folder.
+
+        Without a `data_root` the default one and ~/.medmnist are searched, and a file that is in neither is downloaded
+        into ~/.medmnist. Raises UserError when there is no such file or it is malformed.
+        """
+        if self.size not in SIZES:
+            raise UserError(f"dataset.size={self.size}: MedMNIST comes in {', '.join(map(str, SIZES))} pixels")
+        from medmnist import INFO  # imports torchvision
+
+        info = INFO[self.name]
+        file = self._file(data_root, info)
+        arrays = read_arrays(file)
+        names = [info["label"][str(c)] for c in range(len(info["label"]))]
+        return Data(
+            name=self.name,
+            task=TASK_OF[info["task"]],
+            classes=names,
+            splits={split: _split(arrays, split, file) for split in SPLITS},
+            positive=POSITIVE.get(self.name),
+            licence=info["license"],
+            source="MedMNIST v2 (Yang et al., Scientific Data 2023), https://medmnist.com",
+            notes=NOTES.get(self.name, []) + _differences(file, self._suffixed(info, "MD5"), arrays, info),
+            location=str(file),
+        )
+
+    def _suffixed(self, info: dict[str, Any], key: str) -> str:
+        return info[key if self.size == 28 else f"{key}_{self.size}"]
+
+    def _file(self, data_root: Path | None, info: dict[str, Any]) -> Path:
+        filename = f"{self.name}.npz" if self.size == 28 else f"{self.name}_{self.size}.npz"
+        cache = Path.home() / ".medmnist"
+        roots = [data_root] if data_root else [default_data_root(), cache]
+        for root in roots:
+            for folder in (root, root / "medmnist"):
+                if (folder / filename).is_file():
+                    return folder / filename
+        url = self._suffixed(info, "url")
+        if data_root and data_root.is_file():
+            raise UserError(f"data_root={data_root} is a file: for {self.name} name the folder that holds {filename}")
+        explicit = data_root or (default_data_root() if os.environ.get("MULTIPLICITY_BENCH_DATA") else None)
+        if explicit:
+            raise UserError(
+                f"{filename} is neither in {explicit} nor in {explicit / 'medmnist'}: put it there (from {url})"
+            )
+        return download(url, cache / filename, self._suffixed(info, "MD5"))
+
+
+def download(url: str, file: Path, md5: str, timeout: float = 30.0) -> Path:
+    """Fetch `url` into `file`, which appears only when it is complete and its MD5 is right.
+
+    Raises UserError naming file, folder and address when there is no network, no space or a wrong checksum.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    advice = f"download {url} yourself and put it into {file.parent}, or name its folder with data_root=FOLDER"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=timeout) as remote, open(partial, "wb") as local:
+            found = _copy(remote, local, file.name)
+        if found != md5:
+            raise UserError(f"{file.name} arrived damaged (MD5 {found}, should be {md5}): try again, or {advice}")
+        os.replace(partial, file)
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{file.name} is not in {file.parent} and could not be fetched ({reason}): {advice}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
+
+
+def _copy(remote: Any, local: BinaryIO, name: str) -> str:
+    """Copy with a progress bar; return the MD5 of what was copied."""
+    from tqdm import tqdm
+
+    md5 = hashlib.md5(usedforsecurity=False)
+    total = int(remote.headers.get("Content-Length") or 0) or None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {name}", disable=None) as progress:
+        while block := remote.read(1 << 20):
+            local.write(block)
+            md5.update(block)
+            progress.update(len(block))
+    return md5.hexdigest()
+
+
+def _split(arrays: dict[str, np.ndarray], split: str, file: Path) -> Split:
+    images = image_array(arrays, split, file)
+    return Split(images, label_array(arrays, split, len(images), file), np.arange(len(images)))
+
+
+def _differences(file: Path, md5: str, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> list[str]:
+    """Say how a file differs from the official one: it may be a subset made on purpose."""
+    with open(file, "rb") as stream:
+        found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found == md5:
+        return []
+    counts = {split: len(arrays[f"{split}_images"]) for split in SPLITS}
+    notes = [f"not the official file: MD5 {found}, official {md5}"]
+    if counts != info["n_samples"]:
+        text = "/".join(map(str, counts.values()))
+        notes.append(f"not the official counts: {text}, official {'/'.join(map(str, info['n_samples'].values()))}")
+    return notes

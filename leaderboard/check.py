@@ -1,0 +1,178 @@
+"""Checks of a board: every record is as its run left it, and the board is what the records say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..metrics.api import Score, Settings
+from . import record as records_module
+from .cells import Record, is_candidate, verified
+from .notes import off_null
+from .predictions import load_arrays, load_predictions, predictions_digest
+from .render import render, render_csv
+from .suite import Suite, load_suite, suite_names
+
+FOLDER = Path(__file__).parent
+"""The committed board: `records/`, `predictions/<suite>/`, `suites/`, LEADERBOARD.md and leaderboard.csv."""
+
+BOARD, TABLE = "LEADERBOARD.md", "leaderboard.csv"
+LIMIT = 10_000_000
+"""Bytes of predictions that one suite may commit."""
+
+TOLERANCE = 1e-6
+
+
+def check(folder: Path = FOLDER) -> str:
+    """Check the board in `folder` and return one line on what was checked; UserError has a line for every problem."""
+    found = list(problems(folder))
+    if found:
+        raise UserError("\n".join(found))
+    suites = [s.name for s in _suites(folder) if s.board]
+    records = len(list((folder / "records").glob("*.json")))
+    predictions = len(list((folder / "predictions").glob("*/*.npz")))
+    return f"in order: {records} records, {predictions} predictions files, board of {', '.join(suites)}"
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the board in `folder`, one line each, naming file and section and what to do."""
+    if not (folder / "records").is_dir():
+        raise UserError(f"{folder} holds no committed records: run this in a checkout of the repository")
+    suites, records, broken = [], [], False
+    for name in suite_names(folder / "suites"):
+        try:
+            suites.append(load_suite(folder / "suites" / f"{name}.yaml"))
+        except UserError as error:
+            broken = True
+            yield str(error)
+    for path in sorted((folder / "records").iterdir()):
+        try:
+            records.append(_record(path))
+        except UserError as error:
+            broken = True
+            yield str(error)
+    board = [suite for suite in suites if suite.board]
+    for r in records:
+        where = folder / "records" / f"{r['name']}.json"
+        if not any(is_candidate(suite, r) for suite in board):
+            yield f"{where}: is in no row and base seed of a board suite: add its row to the suite, or remove it"
+        if r["identity"]["generator"]["name"] == "identical" and verified(r) and (off := off_null(r)):
+            yield f"{where}: section 'scores': the control is not at its null values ({', '.join(off)}): find out why"
+    yield from _predictions(folder, board, records)
+    if not broken:  # a board of fewer records would differ for no reason of its own
+        yield from _differs(folder / BOARD, render(records, board))
+        yield from _differs(folder / TABLE, render_csv(records, board))
+
+
+def verify(record_path: Path, predictions_folder: Path) -> list[str]:
+    """Score the predictions of a record again, and return the differences from what it says, one line each.
+
+    The file is looked for in `predictions_folder` and below. Values and intervals agree to 1e-6; only metrics the
+    record's protocol names are computed. Raises UserError if there are no predictions, or they cannot be read.
+    """
+    from ..metrics.evaluation import catalogue, evaluate
+
+    record = records_module.read(record_path)
+    file = record["predictions"].get("file")
+    if record["status"] != "ok" or not file:
+        raise UserError(f"{record_path}: has no predictions to verify it by ({record['status']}): run its cell again")
+    found = sorted(predictions_folder.rglob(file))
+    if not found:
+        raise UserError(f"{record_path}: its predictions {file} are not in {predictions_folder}: name their folder")
+    differences = []
+    if predictions_digest(load_arrays(found[0])) != record["predictions"]["digest"]:
+        differences.append(f"{found[0]}: is not the file that the record was made from (digest differs)")
+    protocol, data = record["protocol"], record["data"]
+    versions = {name: info.version for name, info in catalogue(sorted(protocol["metrics"])).items()}
+    for name, version in sorted(protocol["metrics"].items()):
+        if versions[name] != version:
+            differences.append(f"{name}: recorded with version {version} of the metric, this is {versions[name]}")
+    settings = Settings(**{key: value for key, value in protocol.items() if key != "metrics"} | _tuple(protocol))
+    try:
+        val, test = load_predictions(found[0], data["task"], data.get("positive"))
+        evaluation = evaluate(val, test, settings, names=sorted(protocol["metrics"]))
+    except ValueError as error:
+        raise UserError(f"{found[0]}: cannot be scored ({error}): restore it") from error
+    accepted = [int(m) for m in evaluation.accepted]
+    if accepted != record["set"]["accepted"]:
+        differences.append(f"set.accepted: recorded {record['set']['accepted']}, from the predictions {accepted}")
+    return differences + list(_score_differences(record["scores"], evaluation.scores))
+
+
+def _score_differences(recorded: dict[str, dict[str, Any]], computed: dict[str, Score]) -> Iterator[str]:
+    for key in sorted(recorded.keys() | computed.keys()):
+        if key not in computed:
+            yield f"{key}: recorded, but not computed from the predictions"
+        elif key not in recorded:
+            yield f"{key}: computed from the predictions, but not recorded"
+        else:
+            for part in ("value", "low", "high"):
+                old, new = recorded[key][part], getattr(computed[key], part)
+                if (old is None) != (not math.isfinite(new)) or (old is not None and not abs(old - new) <= TOLERANCE):
+                    yield f"{key}: {part} recorded {_shown(old)}, from the predictions {_shown(new)}"
+
+
+def _tuple(protocol: dict[str, Any]) -> dict[str, Any]:
+    return {"epsilons": tuple(protocol["epsilons"])}
+
+
+def _shown(value: float | None) -> str:
+    return "nothing" if value is None or not math.isfinite(value) else f"{value:.9g}"
+
+
+def _suites(folder: Path) -> list[Suite]:
+    return [load_suite(folder / "suites" / f"{name}.yaml") for name in suite_names(folder / "suites")]
+
+
+def _record(path: Path) -> Record:
+    if path.suffix != ".json" or not path.is_file():
+        raise UserError(f"{path}: is no record, and this folder holds nothing but records: remove it")
+    return records_module.read(path)
+
+
+def _predictions(folder: Path, board: list[Suite], records: list[Record]) -> Iterator[str]:
+    root = folder / "predictions"
+    by_file = {r["predictions"]["file"]: r for r in records if r["predictions"].get("file")}
+    names = [suite.name for suite in board if suite.predictions]
+    present = set()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []:
+        record = by_file.get(path.name)
+        if path.parent.parent != root or path.parent.name not in names or record is None:
+            yield f"{path}: belongs to no record of a board suite that commits predictions: remove it"
+            continue
+        present.add(path.name)
+        try:
+            digest = predictions_digest(load_arrays(path))
+        except UserError as error:
+            yield str(error)
+            continue
+        if digest != record["predictions"]["digest"]:
+            yield f"{path}: is not what record {record['name']} was made from, section 'predictions': restore it"
+    for suite in board:
+        if not suite.predictions:
+            continue
+        for record in (r for r in records if r["status"] == "ok" and is_candidate(suite, r)):
+            file = record["predictions"].get("file")
+            if file is None:
+                yield f"{folder / 'records' / record['name']}.json: names no predictions, which {suite.name} commits: run it again"
+            elif file not in present:
+                yield f"{root / suite.name / file}: is missing, record {record['name']} names it: restore it"
+        size = sum(p.stat().st_size for p in (root / suite.name).rglob("*") if p.is_file())
+        if size > LIMIT:
+            yield f"{root / suite.name}: holds {size / 1e6:.1f} MB of predictions, the limit is {LIMIT / 1e6:.0f} MB"
+
+
+def _differs(path: Path, text: str) -> Iterator[str]:
+    try:
+        found = path.read_bytes()
+    except OSError:
+        yield f"{path}: is missing: run `leaderboard build`"
+        return
+    if found != text.encode():
+        lines, wanted = found.decode("utf-8", "replace").split("\n"), text.split("\n")
+        pairs = zip([*lines, None], [*wanted, None])
+        line = next((i for i, (a, b) in enumerate(pairs, 1) if a != b), 1)
+        yield f"{path}: line {line} is not what the records say: run `leaderboard build`, or restore the records"

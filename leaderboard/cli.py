@@ -1,0 +1,161 @@
+"""The command `leaderboard`: build a board from records, check the committed one, verify a record.
+
+Commands that need the whole package (exporting a member, running a cell again) add themselves to what `build_parser`
+returns: a subparser with `set_defaults(run=function)`, where function takes the parsed arguments and returns an exit
+code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line on stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}: see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> tuple[Parser, argparse._SubParsersAction]:
+    """Return the parser of `leaderboard` and the object that takes further commands."""
+    parser = Parser(
+        prog="leaderboard", description="Build and check leaderboards, which are pure functions of records."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser(
+        "build",
+        help="write a board from records",
+        description="Write a board. Alone: the committed one; with --records or --suite: to --out or the terminal.",
+    )
+    build.add_argument("--records", type=Path, metavar="DIR", help="folder of records (default: the committed ones)")
+    build.add_argument("--suite", metavar="NAME", help="name or path of a suite (default: all that have records)")
+    build.add_argument("--out", type=Path, metavar="FILE", help="Markdown file; a CSV is written beside it")
+    build.set_defaults(run=run_build)
+
+    check = commands.add_parser("check", help="check the committed board, its records and its predictions")
+    check.set_defaults(run=run_check)
+
+    verify = commands.add_parser("verify", help="score the predictions of a record again and compare")
+    verify.add_argument("record", metavar="RECORD", help="path of a record, or name of a committed one")
+    verify.add_argument("--predictions", type=Path, metavar="DIR", help="folder of its predictions file")
+    verify.set_defaults(run=run_verify)
+    return parser, commands
+
+
+def execute(parser: Parser, argv: Sequence[str] | None = None) -> int:
+    """Parse and run a command; a mistake of the user's is told on stderr, exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the commands of this module."""
+    return execute(build_parser()[0], argv)
+
+
+def run_build(args: argparse.Namespace) -> int:
+    from .cells import settle
+    from .render import render, render_csv
+    from .suite import board_suites, load_suite, suite_names
+
+    records = _records(args.records)
+    if args.suite:
+        suites = [load_suite(args.suite)]
+    elif args.records:
+        known = [load_suite(name) for name in suite_names()]
+        suites = [suite for suite in known if settle(suite, records).records]
+        if not suites:
+            raise UserError(f"{args.records}: its records belong to none of {', '.join(suite_names())}: give --suite")
+    else:
+        suites = board_suites()
+    if args.out:
+        out = args.out
+    elif not args.records and not args.suite:
+        out = FOLDER / "LEADERBOARD.md"
+    else:
+        print(render(records, suites), end="")
+        return 0
+    table = out.with_suffix(".csv") if args.out else FOLDER / "leaderboard.csv"
+    if table == out:
+        raise UserError(f"--out {out}: is the Markdown file, name it .md")
+    _write(out, render(records, suites))
+    _write(table, render_csv(records, suites))
+    print(f"{out} and {table.name}: {len(records)} records, suites {', '.join(suite.name for suite in suites)}")
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from .check import check
+
+    print(check())
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from .check import verify
+
+    path = record_path(args.record)
+    folder = args.predictions or path.parent.parent / "predictions"
+    differences = verify(path, folder)
+    if differences:
+        raise UserError("\n".join(f"{path.stem}: {difference}" for difference in differences))
+    print(f"{path.stem}: every score follows from the predictions")
+    return 0
+
+
+def record_path(name_or_path: str) -> Path:
+    """Return the path of a record given by path, or by name if it is a committed one."""
+    from ..errors import suggest
+
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    committed = FOLDER / "records" / f"{path.name.removesuffix('.json')}.json"
+    if committed.is_file():
+        return committed
+    known = [p.stem for p in (FOLDER / "records").glob("*.json")]
+    raise UserError(
+        f"no record '{name_or_path}': " + (suggest(path.stem, known) if len(known) < 20 else "name its file")
+    )
+
+
+def _records(folder: Path | None) -> list:
+    from .record import read_all
+
+    if folder is None and not (FOLDER / "records").is_dir():
+        raise UserError(
+            "this installation has no committed records: use a checkout of the repository, or --records DIR"
+        )
+    return read_all(folder or FOLDER / "records")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as f:
+                f.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --out") from error
