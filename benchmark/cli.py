@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, suggest
 
 USAGE = """run-benchmark - do equally accurate networks decide alike?
 
@@ -42,14 +43,8 @@ The second command is `leaderboard`: build, check, verify, export, clean.
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     argv = sys.argv[1:]
-    if not argv or set(argv) & {"-h", "--help"} or "list=true" in argv:
-        # These answer without importing torch, which takes seconds.
-        if set(argv) & {"-h", "--help"}:
-            print(USAGE.format(generators=_listing("generator")))
-            return
-        if "list=true" in argv:
-            _list()
-            return
+    if {"-h", "--help", "list=true"} & set(argv):  # answered without importing torch, which takes seconds
+        sys.exit(guarded(_list if "list=true" in argv else _help))
     sys.exit(guarded(_hydra))
 
 
@@ -89,7 +84,7 @@ def _hydra() -> int:
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def job(config: Any) -> None:
-        codes.append(run(config))
+        codes.append(guarded(run, config))  # raised further, Hydra would add lines of its own
 
     _check_names(sys.argv[1:])
     job()
@@ -150,7 +145,9 @@ def run_suite(name: str, overrides: Sequence[str]) -> int:
 
 
 def _print_plan(task: Any) -> None:
-    print(f"{task.spec.row}, base seed {task.spec.options.base_seed}, dataset {task.data.name} ({task.data.digest[:12]})")
+    print(
+        f"{task.spec.row}, base seed {task.spec.options.base_seed}, dataset {task.data.name} ({task.data.digest[:12]})"
+    )
     for stage, key, there in task.plan():
         print(f"  {stage:<12} {key[:12]}  {'hit' if there else 'miss'}")
 
@@ -171,34 +168,20 @@ def _check_names(argv: Sequence[str]) -> None:
 
 def _hydra_message(error: Exception) -> str:
     """Return Hydra's or OmegaConf's message as one line, with close names for an option that does not exist."""
-    import re
-
-    from ..errors import suggest
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause).strip():
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
-    text = " ".join(lines)
-    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if found:
-        where = re.search(r"full_key: (\S+)", text)
-        option = where.group(1) if where else found.group(1)
+    parts = [str(e) for e in (error, error.__cause__) if e is not None]
+    text = " ".join(" ".join(parts).split())
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
+    where = re.search(r"full_key: (\S+)", text)
+    if unknown:
+        option = where.group(1) if where else unknown.group(1)
         return f"there is no option '{option}': {_suggest_option(option)}"
-    return suggest_free(text) if (suggest_free := _first_sentence) else suggest(text, [])
-
-
-def _first_sentence(text: str) -> str:
-    import re
-
-    text = re.sub(r"\s*(full_key|object_type|reference_type): ?\S*", lambda m: f" ({m.group(0).strip()})" if "full_key" in m.group(0) else "", text)
-    return re.sub(r"Could not override '([^']+)'\.", r"cannot set \1:", text)[:400]
+    text = re.sub(r"\s*\(?(full_key|object_type|reference_type)[:=] ?\S*", "", text)
+    return re.sub(r"^Error merging override (\S+)", r"cannot set \1:", text)
 
 
 def _suggest_option(option: str) -> str:
     from dataclasses import fields
 
-    from ..errors import suggest
     from .spec import Options
     from .train import Training
 
@@ -213,6 +196,10 @@ def _listing(kind: str) -> str:
     from .listing import describe
 
     return describe(kind)
+
+
+def _help() -> None:
+    print(USAGE.format(generators=_listing("generator")), end="")
 
 
 def _list() -> None:

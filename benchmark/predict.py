@@ -55,7 +55,7 @@ def base_block(base: Trained) -> Block:
 def choose_strategy(network: NetworkFunction, model_set: ModelSet, images: Tensor) -> str:
     """Return the strategy that is faster on one batch of a few members; `loop` where nothing is stacked."""
     block = model_set.block(0, min(4, model_set.size))
-    if not block.params and not block.buffers or model_set.size < 2:
+    if (not block.params and not block.buffers) or model_set.size < 2:
         return "loop"
     seconds = {}
     for strategy in STRATEGIES:

@@ -35,7 +35,9 @@ def commit() -> tuple[str, bool]:
         watched = [*FOLDERS, "*.py", "constraints.txt", ":!leaderboard/records", ":!leaderboard/predictions", ":!*.md"]
         state = subprocess.run(
             [*here, "status", "--porcelain", "--", *watched, ":!leaderboard/*.csv"],
-            capture_output=True, text=True, timeout=10,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return "", True

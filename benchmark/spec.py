@@ -76,9 +76,7 @@ class Spec:
     def row(self) -> str:
         """Return the name of the run's row: the generator and its non-default fields."""
         defaults = plain(type(self.generator)())
-        return row_label(
-            self.names["generator"], {k: v for k, v in plain(self.generator).items() if v != defaults[k]}
-        )
+        return row_label(self.names["generator"], {k: v for k, v in plain(self.generator).items() if v != defaults[k]})
 
     @property
     def settings(self) -> Settings:
@@ -128,7 +126,9 @@ def register_config() -> None:
     store.store(name="options", node=Options)
     for group, registry in (("dataset", DATASETS), ("network", NETWORKS), ("generator", GENERATORS)):
         for name, component in registry.load_all():
-            node = dataclasses.make_dataclass(component.__name__, [("name", str, field(default=name))], bases=(component,))
+            node = dataclasses.make_dataclass(
+                component.__name__, [("name", str, field(default=name))], bases=(component,)
+            )
             node.__module__ = component.__module__
             store.store(group=group, name=name, node=node)
 

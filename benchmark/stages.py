@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..datasets.api import Data, Split, prepare, resolve_data_root
+from ..datasets.api import Data, prepare
 from ..errors import Diverged, UserError
 from ..generators.api import Part, Problem, Trained
 from ..generators.modelset import ModelSet, StackedSet
@@ -34,8 +34,8 @@ from .progress import log, progress
 from .provenance import device_name, provenance
 from .spec import Spec, set_numerics
 from .store import FileCheckpoint, Stopwatch, Store, synchronise
-from .train import gradient_norm, mean_loss, train
 from .train import bootstrap_rows as bootstrap
+from .train import gradient_norm, mean_loss, train
 
 WEIGHTS = "weights.safetensors"
 VIEWS = ("val", "test")
@@ -43,16 +43,16 @@ VIEWS = ("val", "test")
 
 @dataclass
 class Session:
-    """What the runs of one process share: loaded datasets, and how long each base training took here."""
+    """What the runs of one process share: loaded datasets, and the epoch times (s) of the base trainings done here."""
 
     datasets: dict[str, Data] = field(default_factory=dict)
-    base_seconds: dict[str, tuple[float, str]] = field(default_factory=dict)
+    epoch_s: dict[str, list[float]] = field(default_factory=dict)
 
     def data(self, spec: Spec) -> Data:
         """Return the prepared dataset of a run, loading each only once; resampled where the run asks for it."""
         key = canonical_json([spec.part("dataset"), spec.options.data_root, spec.options.resample_seed])
         if key not in self.datasets:
-            data = prepare(spec.dataset, resolve_data_root(spec.options.data_root))
+            data = prepare(spec.dataset, spec.options.data_root)
             if spec.options.resample_seed is not None:
                 split = data.splits["train"]
                 patient = None if split.patient is None else torch.from_numpy(split.patient)
@@ -91,11 +91,8 @@ class Run:
 
         def compute(work: Path) -> dict[str, Any]:
             checkpoint = FileCheckpoint(work)
-            start = time.perf_counter()
             trained = self._fit(checkpoint)(derive_seed("base", spec.options.base_seed), name="training the base")
-            synchronise(self.device)
-            if not checkpoint.resumed:
-                self.session.base_seconds[key] = (time.perf_counter() - start, "whole")
+            self.session.epoch_s[key] = trained.epoch_s
             leaves = {f"params/{n}": p for n, p in trained.params.items()}
             leaves |= {f"buffers/{n}": b for n, b in trained.buffers.items()}
             save_file({n: t.cpu().contiguous() for n, t in leaves.items()}, work / WEIGHTS)
@@ -142,12 +139,14 @@ class Run:
         spec, key = self.spec, self.keys["set"]
 
         def compute(work: Path) -> dict[str, Any]:
-            base_seconds, how = self.base_training_seconds()
+            base_seconds = self.base_training_seconds()
             problem = self.problem(work)
             clock: Stopwatch = problem.clock  # type: ignore[assignment]
             memory = PeakMemory(self.device)
             booked, start = sum(clock.seconds.values()), time.perf_counter()
-            seed = derive_seed("generator", spec.names["generator"], spec.options.generator_seed, spec.options.base_seed)
+            seed = derive_seed(
+                "generator", spec.names["generator"], spec.options.generator_seed, spec.options.base_seed
+            )
             model_set = spec.generator.generate(problem, seed)
             synchronise(self.device)
             # What a generator did not book itself belongs to the set as a whole.
@@ -163,7 +162,6 @@ class Run:
                 "marginal_s": clock.seconds["marginal"] / model_set.size,
                 "attempts": clock.attempts,
                 "base_training_s": base_seconds,
-                "base_training_timed": how,
                 "peak_memory_bytes": peak,
                 "bytes_per_member": model_set.bytes_per_member(),
                 "threads": torch.get_num_threads(),
@@ -216,22 +214,18 @@ class Run:
             raise
         return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, suite=suite)
 
-    def base_training_seconds(self) -> tuple[float, str]:
-        """Return the seconds one base training takes in this process, and how they were timed.
+    def base_training_seconds(self) -> float:
+        """Return the seconds one base training takes in this process: the median epoch times the number of epochs.
 
-        Where the base was trained by an earlier process, two epochs are timed after one to warm up.
+        The median, because a first epoch warms up and shared machines stall. Where the base was trained by an earlier
+        process, four epochs are timed here.
         """
-        key = self.keys["base"]
+        key, recipe = self.keys["base"], self.spec.training
         self.base()
-        if key not in self.session.base_seconds:
-            recipe, data, seed = self.spec.training, self.part("train"), derive_seed("timing")
-            train(self.network, data, replace(recipe, epochs=1, polish=0), seed)
-            start = time.perf_counter()
-            train(self.network, data, replace(recipe, epochs=2, polish=0), seed)
-            synchronise(self.device)
-            seconds = (time.perf_counter() - start) / 2 * recipe.epochs
-            self.session.base_seconds[key] = (seconds, "extrapolated from 2 epochs")
-        return self.session.base_seconds[key]
+        if len(self.session.epoch_s.get(key, [])) < 2:
+            timed = train(self.network, self.part("train"), replace(recipe, epochs=4, polish=0), derive_seed("timing"))
+            self.session.epoch_s[key] = timed.epoch_s
+        return float(np.median(self.session.epoch_s[key])) * recipe.epochs
 
     def _fit(self, checkpoint: Any) -> Any:
         split = self.data.splits["train"]
@@ -338,7 +332,9 @@ class Run:
         if model_set is not None and evaluation is not None and arrays is not None:
             record["scores"] = {key: plain_score(score) for key, score in evaluation.scores.items()}
             record["set"] = set_section(model_set, evaluation)
-            record["cost"] = cost_section(self.store.about("set", self.keys["set"]), len(evaluation.accepted), model_set.size)
+            record["cost"] = cost_section(
+                self.store.about("set", self.keys["set"]), len(evaluation.accepted), model_set.size
+            )
             record["predictions"] = {"file": None, "digest": array_digest(arrays)}
             if suite is not None:
                 sealed = records.seal(record)
@@ -380,7 +376,6 @@ def cost_section(about: dict[str, Any], accepted: int, drawn: int) -> dict[str, 
     return cost | {
         "cost_per_accepted_with_base_bt": (whole + unit) / accepted / unit if accepted else None,
         "base_training_s": unit,
-        "base_training_timed": about["base_training_timed"],
         "peak_memory_bytes": about["peak_memory_bytes"],
         "bytes_per_member": about["bytes_per_member"],
         "resumed": about["attempts"] > 1,

@@ -8,6 +8,7 @@ leaves that folder, and the same command goes on from the checkpoints in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -87,6 +88,13 @@ class Store:
     def about(self, stage: str, key: str) -> dict[str, Any]:
         """Return what `compute` said about a finished artifact."""
         return json.loads((self.path(stage, key) / MANIFEST).read_text(encoding="utf-8"))["about"]
+
+    def spec(self, stage: str, key: str) -> dict[str, Any] | None:
+        """Return the spec that a finished artifact was made from, None for an unfinished one."""
+        try:
+            return json.loads((self.path(stage, key) / MANIFEST).read_text(encoding="utf-8"))["spec"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     @contextlib.contextmanager
     def _lock(self, stage: str, key: str) -> Iterator[None]:
@@ -205,6 +213,7 @@ def corrupted(folder: Path) -> str:
 
 
 def explain_os_error(error: OSError) -> UserError:
-    """Return one line for a disk that is full, or a folder that cannot be written."""
-    where = error.filename or "the output folder"
-    return UserError(f"{where}: {error.strerror or error}: free space or name other folders by artifacts_dir, records_dir")
+    """Return one line for a disk that is full, or a file or folder that cannot be read or written."""
+    what = "free space there" if error.errno == errno.ENOSPC else "check the path and its permissions"
+    where = error.filename or "the output folders"
+    return UserError(f"{where}: {error.strerror or error}: {what}, or name other folders (artifacts_dir, records_dir)")

@@ -32,7 +32,9 @@ def chosen_rows(suite: Suite, overrides: Sequence[str]) -> tuple[list[str], list
         return rest, [Row(names[-1], {}, suite.members)]
     rows = [row for row in suite.rows if names[-1] in (row.generator, row.label)]
     if not rows:
-        raise UserError(f"suite {suite.name} has no row '{names[-1]}': {suggest(names[-1], [r.label for r in suite.rows])}")
+        raise UserError(
+            f"suite {suite.name} has no row '{names[-1]}': {suggest(names[-1], [r.label for r in suite.rows])}"
+        )
     return rest, rows
 
 

@@ -24,7 +24,9 @@ def toy_problem(
     images = (centres[labels] + 70 * torch.randn(n, 1, 6, 6, generator=generator)).clamp(0, 255).to(torch.uint8)
     cut = n * 3 // 4
     data, tune = Part(images[:cut], labels[:cut]), Part(images[cut:], labels[cut:])
-    function = Network({"name": network, **({"width": 8} if network in ("mlp", "smallcnn") else {}), **settings}, 1, 6, classes)
+    function = Network(
+        {"name": network, **({"width": 8} if network in ("mlp", "smallcnn") else {}), **settings}, 1, 6, classes
+    )
     recipe = Training(epochs=8, lr=0.01)
 
     def fit(seed: int, **arguments: Any) -> Trained:

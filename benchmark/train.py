@@ -110,9 +110,11 @@ def train(
     optimizer = _optimizer(recipe, params.values())
     batches = math.ceil(len(data) / recipe.batch_size)
     losses: list[float] = []
+    epoch_s: list[float] = []
     first = _restore(checkpoint.load(name), params, buffers, optimizer, losses)
     saved = time.monotonic()
     for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
+        start = time.perf_counter()
         order = torch.randperm(
             len(data), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
         ).to(device)
@@ -121,8 +123,10 @@ def train(
             if len(rows) < 2 and len(data) > 1:  # BatchNorm cannot normalise a batch of one
                 continue
             step = epoch * batches + i
-            rate = recipe.lr if constant_lr else recipe.lr * 0.5 * (
-                1 + math.cos(math.pi * step / (recipe.epochs * batches))
+            rate = (
+                recipe.lr
+                if constant_lr
+                else recipe.lr * 0.5 * (1 + math.cos(math.pi * step / (recipe.epochs * batches)))
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -134,18 +138,20 @@ def train(
             optimizer.step()
             if on_step is not None:
                 on_step(step, params, buffers)
-        losses.append(float(total) / len(data))
+        losses.append(float(total) / len(data))  # reads a value of the device: what was queued is done
+        epoch_s.append(time.perf_counter() - start)
         if not math.isfinite(losses[-1]):
-            raise Diverged(f"{name}: the loss of epoch {epoch + 1} is not finite (training.lr={recipe.lr:g} too large?)")
+            raise Diverged(
+                f"{name}: the loss of epoch {epoch + 1} is not finite (training.lr={recipe.lr:g} too large?)"
+            )
         # A callback keeps state that no checkpoint of ours holds: such a training starts again from its beginning.
         if on_step is None and time.monotonic() - saved > CHECKPOINT_EVERY_S:
             checkpoint.save(name, _state(params, buffers, optimizer, losses))
             saved = time.monotonic()
     if recipe.polish:
         _polish(network, data, recipe, params, buffers)
-    return Trained(
-        {n: p.detach() for n, p in params.items()}, {n: b.detach() for n, b in buffers.items()}, losses
-    )
+    weights = {n: p.detach() for n, p in params.items()}
+    return Trained(weights, {n: b.detach() for n, b in buffers.items()}, losses, epoch_s)
 
 
 def gradient_norm(network: Network, data: Part, recipe: Training, trained: Trained) -> float:

@@ -150,8 +150,10 @@ def prepare(
     check(data)
     train, tune = carve(data.splits["train"], data.task, tune_fraction, tune_seed)
     splits = {"train": train, "tune": tune, "val": data.splits["val"], "test": data.splits["test"]}
+    where = data.location or f"dataset {data.name}"
+    if len(tune) == 0:
+        raise UserError(f"{where}: train is too small to carve tune out of it: give every class at least 2 images")
     if len(np.unique(train.labels)) < 2:
-        where = data.location or data.name
         raise UserError(f"{where}: train keeps a single class without tune: add patients of the other class to train")
     data = replace(data, duplicates=count_duplicates(data.splits), splits=splits)
     return replace(data, digest=content_digest(data))
@@ -204,6 +206,10 @@ def _check_codes(split: Split, data: Data, where: str, name: str) -> None:
         if attribute not in data.attribute_values:
             raise UserError(f"{where}: attribute {attribute} has no attribute_values: name its codes")
         _check_code_array(codes, len(split), f"{where}: {name}_{attribute}", len(data.attribute_values[attribute]))
+    _check_code_array(split.ids, len(split), f"{where}: ids of {name}", None)
+    for latent, values in split.latents.items():
+        if len(values) != len(split):
+            raise UserError(f"{where}: latent {latent} of {name} has {len(values)} rows: give {len(split)}")
     if split.patient is not None:
         _check_code_array(split.patient, len(split), f"{where}: {name}_patient", None)
 
@@ -214,7 +220,7 @@ def _check_code_array(codes: np.ndarray, count: int, where: str, values: int | N
     wrong = codes < 0 if values is None else (codes < -1) | (codes >= values)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        bound = "patients are numbered from 0" if values is None else f"codes run from -1 to {values - 1}"
+        bound = "numbers start at 0" if values is None else f"codes run from -1 to {values - 1}"
         raise UserError(f"{where} row {row} is {codes[row]}: {bound}")
 
 

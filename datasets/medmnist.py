@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
+import runpy
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import Unavailable, UserError
 from .api import SPLITS, Data, Split, default_data_root, register_dataset
 from .layout import image_array, label_array, read_arrays
 
@@ -65,9 +67,7 @@ class MedMNIST:
         """
         if self.size not in SIZES:
             raise UserError(f"dataset.size={self.size}: MedMNIST comes in {', '.join(map(str, SIZES))} pixels")
-        from medmnist import INFO  # imports torchvision
-
-        info = INFO[self.name]
+        info = published()[self.name]
         file = self._file(data_root, info)
         arrays = read_arrays(file)
         names = [info["label"][str(c)] for c in range(len(info["label"]))]
@@ -103,6 +103,17 @@ class MedMNIST:
                 f"{filename} is neither in {explicit} nor in {explicit / 'medmnist'}: put it there (from {url})"
             )
         return download(url, cache / filename, self._suffixed(info, "MD5"))
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """Return what the medmnist package knows about its sets: addresses, MD5s, tasks, labels, counts, licences.
+
+    Its info.py is run by itself: importing the package would import torchvision and scikit-image, for seconds.
+    """
+    package = importlib.util.find_spec("medmnist")
+    if package is None or package.origin is None:
+        raise Unavailable("the MedMNIST sets need the package medmnist: pip install medmnist")
+    return runpy.run_path(str(Path(package.origin).with_name("info.py")))["INFO"]
 
 
 def download(url: str, file: Path, md5: str, timeout: float = 30.0) -> Path:

@@ -187,16 +187,18 @@ def _codes(parts: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[st
     arrays = {split: _texts_or_numbers(array) for split, array in parts.items()}
     if any(a.dtype.kind == "U" for a in arrays.values()):
         arrays = {s: a if a.dtype.kind == "U" else np.where(a >= 0, a.astype(str), "") for s, a in arrays.items()}
-    known = {split: a != "" if a.dtype.kind == "U" else a >= 0 for split, a in arrays.items()}
+    known = {split: a != "" if a.dtype.kind == "U" else (a >= 0) & np.isfinite(a) for split, a in arrays.items()}
     values = np.unique(np.concatenate([a[known[split]] for split, a in arrays.items()]))
     codes = {s: np.where(known[s], np.searchsorted(values, a), -1).astype(np.int64) for s, a in arrays.items()}
     return codes, [str(int(v)) if v.dtype.kind == "f" and v == int(v) else str(v) for v in values]
 
 
 def _texts_or_numbers(array: np.ndarray) -> np.ndarray:
-    """Return stripped strings with "" for missing, or numbers as they are: NaN or a negative number is missing."""
+    """Return stripped strings with "" for missing, or numbers as they are (missing: NaN, infinite, negative)."""
     if array.dtype.kind in "US":
-        text = np.char.strip(array.astype(str) if array.dtype.kind == "U" else np.char.decode(array, "utf-8"))
+        text = np.char.strip(
+            array.astype(str) if array.dtype.kind == "U" else np.char.decode(array, "utf-8", "replace")
+        )
         return np.where(np.isin(np.char.lower(text), ("nan", "none")), "", text)
     return array
 

@@ -28,8 +28,9 @@ class PhantomCXR:
     markings, bounded by a thin pleural edge. `train` counts the images before tune is carved out of them.
 
     prevalence: share of true positives; label_noise: probability that a label is flipped; drain_in_positives,
-    drain_in_negatives: probability of a chest drain; smallest, largest: extent of the air as a share of the lung's
-    half-width; visibility: contrast of the air and of the pleural edge; grain: strength of the detector noise.
+    drain_in_negatives: probability of a chest drain; smallest, largest: extent of the air, from 0 (none) to 1 (nearly
+    the whole lung), small ones being commoner; visibility: contrast of the air and of the pleural edge; grain: strength
+    of the detector noise.
 
     Image i of a split depends on (seed, split, i) and the settings alone, so a larger set continues a smaller one, and
     the pixels come from IEEE basic operations only, so they are the same bytes on every machine.
@@ -113,8 +114,8 @@ class PhantomCXR:
 def draw_latents(settings: PhantomCXR, stream: rendering.Stream, count: int) -> dict[str, np.ndarray]:
     """Draw patients and their 1 to 3 images; every truth has a random stream of its own, named after it.
 
-    Older patients and site C have more AP (bedside) films, men more pneumothoraces; a patient's films mostly agree on the
-    finding; AP films carry the distractors, skin folds and monitoring leads.
+    Older patients and site C have more AP (bedside) films, men more pneumothoraces; a patient's films mostly agree on
+    the finding; AP films carry the distractors, skin folds and monitoring leads.
     """
     patients = np.arange(count)
     films = 1 + np.floor(3 * stream.uniform("films per patient", patients)).astype(np.int64)

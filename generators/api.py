@@ -52,11 +52,15 @@ class Part:
 
 @dataclass
 class Trained:
-    """Weights at the end of one training by the recipe; losses are those of the epochs (mean over samples, nats)."""
+    """Weights at the end of one training by the recipe.
+
+    losses: of the epochs (mean over samples, nats); epoch_s: seconds of the epochs that this process trained.
+    """
 
     params: Params
     buffers: Params
     losses: list[float] = field(default_factory=list)
+    epoch_s: list[float] = field(default_factory=list)
 
 
 class Fit(Protocol):

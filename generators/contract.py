@@ -137,7 +137,9 @@ def _independent_of_blocks(model_set: ModelSet, problem: Problem) -> None:
     whole = model_set.block(0, model_set.size)
     for k in range(model_set.size):
         for found, wanted in zip(model_set.block(k, k + 1).member(0), whole.member(k), strict=True):
-            assert all(torch.equal(leaf, wanted[n]) for n, leaf in found.items()), "members must not depend on the block"
+            assert all(torch.equal(leaf, wanted[n]) for n, leaf in found.items()), (
+                "members must not depend on the block"
+            )
     one, all_ = (member_logits(model_set, problem, n) for n in (1, model_set.size))
     assert torch.allclose(one, all_, rtol=1e-5, atol=1e-5), "members must not depend on the block size"
 

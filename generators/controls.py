@@ -46,8 +46,8 @@ class _Output(Generator):
         with problem.clock.fixed():
             logits = problem.logits(problem.base.params, problem.base.buffers, problem.tune.images)
             base_loss = float(problem.loss(logits, problem.tune.labels))
-            common = dict(size=problem.members, change=change, seed=seed, deployable=False)
-            common |= dict(shared_params=problem.base.params, shared_buffers=problem.base.buffers)
+            common = {"size": problem.members, "change": change, "seed": seed, "deployable": False}
+            common |= {"shared_params": problem.base.params, "shared_buffers": problem.base.buffers}
 
             def rise(size: float) -> float:
                 output = OutputSet(values=values(size), **common).block(0, problem.members).output

@@ -26,7 +26,13 @@ JACOBIAN_LIMIT = 4_000_000
 """Entries of one image's Jacobian (classes x weights) above which laplace-torch's exact diagonal takes too long."""
 
 TUNE_AT_LEAST = 25
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.modules.instancenorm._NormBase)
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.modules.instancenorm._NormBase,
+)
 LOW, HIGH = -2.0, 9.0
 """log10 of the smallest and the largest prior precision that is tried."""
 
@@ -117,7 +123,9 @@ def prior_number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:
-        raise UserError(f"generator.prior_precision={text} is neither a number nor a choice: {suggest(text, PRIORS)}") from None
+        raise UserError(
+            f"generator.prior_precision={text} is neither a number nor a choice: {suggest(text, PRIORS)}"
+        ) from None
     if not (number > 0 and math.isfinite(number)):
         raise UserError(f"generator.prior_precision={text} must be a positive number")
     return number
@@ -177,13 +185,13 @@ def make_posterior(
     problem: Problem, names: list[str], curvature: dict[str, Tensor], structure: str, precision: float, seed: int
 ) -> GaussianSet:
     """Return the set drawn from N(w*, (G + precision I)^-1) over the leaves `names`."""
-    common = dict(
-        size=problem.members,
-        mean={n: problem.base.params[n] for n in names},
-        shared_params={n: p for n, p in problem.base.params.items() if n not in names},
-        shared_buffers=dict(problem.base.buffers),
-        seed=seed,
-    )
+    common = {
+        "size": problem.members,
+        "mean": {n: problem.base.params[n] for n in names},
+        "shared_params": {n: p for n, p in problem.base.params.items() if n not in names},
+        "shared_buffers": dict(problem.base.buffers),
+        "seed": seed,
+    }
     if structure == "diag":
         sd = (curvature["diagonal"].clamp(min=0) + precision).rsqrt()
         return DiagonalSet(factors={"sd": sd}, **common)  # type: ignore[arg-type]
@@ -245,5 +253,3 @@ def _predictive_loss(logits: list[Tensor], labels: Tensor) -> float:
     """Return the cross-entropy of the members' mean probabilities, in nats."""
     mean = torch.stack([member.softmax(-1) for member in logits]).mean(0)
     return float(torch.nn.functional.nll_loss(mean.clamp(min=1e-12).log(), labels))
-
-

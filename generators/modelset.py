@@ -140,7 +140,9 @@ class ModelSet:
             "stacked_buffers": self.stacked_buffers,
             "state": self.tensors(),
         }
-        tensors = {f"{g}/{n}": leaf.detach().cpu().contiguous() for g, leaves in groups.items() for n, leaf in leaves.items()}
+        tensors = {
+            f"{g}/{n}": leaf.detach().cpu().contiguous() for g, leaves in groups.items() for n, leaf in leaves.items()
+        }
         about = {
             "kind": self.kind,
             "size": self.size,
@@ -162,7 +164,9 @@ class ModelSet:
         try:
             with safe_open(path, framework="pt", device=str(device)) as f:
                 about = json.loads(f.metadata()["about"])
-                groups: dict[str, Leaves] = {g: {} for g in ("shared_params", "shared_buffers", "stacked_buffers", "state")}
+                groups: dict[str, Leaves] = {
+                    g: {} for g in ("shared_params", "shared_buffers", "stacked_buffers", "state")
+                }
                 for key in f.keys():  # noqa: SIM118  (no mapping)
                     group, name = key.split("/", 1)
                     groups[group][name] = f.get_tensor(key)

@@ -90,7 +90,8 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
     for name, version in sorted(protocol["metrics"].items()):
         if versions[name] != version:
             differences.append(f"{name}: recorded with version {version} of the metric, this is {versions[name]}")
-    settings = Settings(**{key: value for key, value in protocol.items() if key != "metrics"} | _tuple(protocol))
+    declared = {key: value for key, value in protocol.items() if key != "metrics"}
+    settings = Settings(**declared | {"epsilons": tuple(protocol["epsilons"])})
     try:
         val, test = load_predictions(found[0], data["task"], data.get("positive"))
         evaluation = evaluate(val, test, settings, names=sorted(protocol["metrics"]))
@@ -115,10 +116,6 @@ def _score_differences(recorded: dict[str, dict[str, Any]], computed: dict[str, 
                     yield f"{key}: {part} recorded {_shown(old)}, from the predictions {_shown(new)}"
 
 
-def _tuple(protocol: dict[str, Any]) -> dict[str, Any]:
-    return {"epsilons": tuple(protocol["epsilons"])}
-
-
 def _shown(value: float | None) -> str:
     return "nothing" if value is None or not math.isfinite(value) else f"{value:.9g}"
 
@@ -135,34 +132,30 @@ def _record(path: Path) -> Record:
 
 def _predictions(folder: Path, board: list[Suite], records: list[Record]) -> Iterator[str]:
     root = folder / "predictions"
+    committing = [suite for suite in board if suite.predictions]
     by_file = {r["predictions"]["file"]: r for r in records if r["predictions"].get("file")}
-    names = [suite.name for suite in board if suite.predictions]
-    present = set()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []:
+    present = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
+    for path in present:
         record = by_file.get(path.name)
-        if path.parent.parent != root or path.parent.name not in names or record is None:
+        if path.parent not in [root / suite.name for suite in committing] or record is None:
             yield f"{path}: belongs to no record of a board suite that commits predictions: remove it"
             continue
-        present.add(path.name)
         try:
-            digest = predictions_digest(load_arrays(path))
+            if predictions_digest(load_arrays(path)) != record["predictions"]["digest"]:
+                yield f"{path}: is not what record {record['name']} was made from, section 'predictions': restore it"
         except UserError as error:
             yield str(error)
-            continue
-        if digest != record["predictions"]["digest"]:
-            yield f"{path}: is not what record {record['name']} was made from, section 'predictions': restore it"
-    for suite in board:
-        if not suite.predictions:
-            continue
+    names = {path.name for path in present}
+    for suite in committing:
         for record in (r for r in records if r["status"] == "ok" and is_candidate(suite, r)):
             file = record["predictions"].get("file")
             if file is None:
-                yield f"{folder / 'records' / record['name']}.json: names no predictions, which {suite.name} commits: run it again"
-            elif file not in present:
+                yield f"{record['name']}: names no predictions, which suite {suite.name} commits: run the suite again"
+            elif file not in names:
                 yield f"{root / suite.name / file}: is missing, record {record['name']} names it: restore it"
-        size = sum(p.stat().st_size for p in (root / suite.name).rglob("*") if p.is_file())
+        size = sum(path.stat().st_size for path in present if path.parent == root / suite.name)
         if size > LIMIT:
-            yield f"{root / suite.name}: holds {size / 1e6:.1f} MB of predictions, the limit is {LIMIT / 1e6:.0f} MB"
+            yield f"{root / suite.name}: holds {size / 1e6:.1f} MB of predictions, over the limit of {LIMIT / 1e6:.0f}"
 
 
 def _differs(path: Path, text: str) -> Iterator[str]:

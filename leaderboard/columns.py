@@ -1,10 +1,9 @@
-"""Columns of the board: which score or cost each one shows, summarised over base seeds, and ranked where a rank means
-something.
+"""Columns of the board: which score or cost each shows, its summary over base seeds, and the ranks of its rows.
 
 A value is the mean over base seeds with the 95% t interval of the per-seed values (B - 1 degrees of freedom), kept
 within the bounds of its unit; with a single seed it is that record's own value and interval, which sees test cases
 only. A rank is 1 + the number of rows that are significantly better: paired t test over the base seeds two rows share,
-95 %, Holm over all pairs of the column. Controls are neither ranked nor competitors. A row that accepted fewer than k
+95%, Holm over all pairs of the column. Controls are neither ranked nor competitors. A row that accepted fewer than k
 members on any base seed is ranked in no column but acceptance, which is where it loses.
 """
 
@@ -247,7 +246,7 @@ def ranks(table: Table, column: Column, level: float = 0.05) -> dict[str, int]:
     ]
     worse = dict.fromkeys(eligible, 0)
     differences = [np.array([eligible[a][s] - eligible[b][s] for s in seeds]) for a, b, seeds in pairs]
-    adjusted = holm(np.array([paired_p(d) for d in differences])) if pairs else []
+    adjusted = holm([paired_p(d) for d in differences])
     for (a, b, _), difference, p in zip(pairs, differences, adjusted):
         if p <= level:
             a_is_better = (np.mean(difference) > 0) == (column.better == "higher")

@@ -124,7 +124,9 @@ def _said(table: Table) -> Iterator[str]:
     for alike, rows in groups.items():
         where = [f"`{label}`" + ("" if len(s) == everywhere else f" ({on_seeds(s)})") for label, s in rows.items()]
         first, *others = texts[alike]
-        yield f"{', '.join(where)}: {first}" + (f" (and {len(others)} alike, with other numbers)." if others else ".")
+        yield f"{', '.join(where)}: " + sentence(
+            f"{first} (and {len(others)} alike, with other numbers)" if others else first
+        )
 
 
 def _machines(table: Table) -> Iterator[str]:

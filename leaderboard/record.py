@@ -38,10 +38,11 @@ def seal(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def digests(record: dict[str, Any]) -> dict[str, str]:
-    """Return the digest of every section of `record`."""
+    """Return the digest of every section of `record`; `outcome` covers what stands outside them."""
+    covered = {"scores": ("protocol", "scores"), "outcome": ("row", "status", "reason")}
     return {
-        section: digest({s: record[s] for s in ("protocol", "scores")} if section == "scores" else record[section])
-        for section in SECTIONS
+        section: digest({s: record[s] for s in covered[section]} if section in covered else record[section])
+        for section in (*SECTIONS, "outcome")
     }
 
 
@@ -69,7 +70,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from error
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}): restore it or run its cell again") from error
-    absent = [s for s in (*SECTIONS, "protocol", "key", "name", "digests", "row", "status") if s not in record]
+    absent = [
+        s for s in (*SECTIONS, "protocol", "key", "name", "digests", "row", "status", "reason") if s not in record
+    ]
     if absent:
         raise UserError(f"{path}: is no record of this suite, it lacks {', '.join(absent)}: remove it")
     if record.get("schema") != SCHEMA:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..identity import row_label
 from . import legends
 from .cells import Record, Table, machine_of, settle_all, verified
 from .columns import (
@@ -31,7 +30,7 @@ from .notes import notes
 from .suite import ENOUGH, Row, Suite
 from .table_csv import render_csv
 from .terminal import render_terminal, summary_line
-from .text import NONE, bullet, markdown, number, paragraph, plain_text, sentence, spans, states
+from .text import NONE, bullet, end, markdown, number, paragraph, plain_text, sentence, spans, states
 
 __all__ = ["render", "render_csv", "render_terminal", "summary_line"]
 
@@ -97,13 +96,12 @@ def _header(table: Table) -> str:
 
 def _data(record: Record) -> dict[str, str]:
     data, identity = record["data"], record["identity"]["dataset"]
-    settings = {k: v for k, v in identity.items() if k not in ("name", "version", "digest")}
     classes = [str(c) for c in data["classes"]]
     named = ", ".join(f"{i} = {c}" for i, c in enumerate(classes))
     positive = data.get("positive")
     duplicates = {pair: n for pair, n in (data.get("duplicates") or {}).items() if n}
     parts = [
-        f"`{row_label(identity['name'], settings)}`",
+        f"`{identity['name']}`",
         "**synthetic** images" if data["synthetic"] else "real images",
         f"{data['task']}: {named}" + (f" (positive: {positive})" if positive is not None else ""),
         plain_text(data["sizes"]),
@@ -112,22 +110,26 @@ def _data(record: Record) -> dict[str, str]:
         else "no patient ids, an image is a patient",
         f"exact duplicates across splits: {plain_text(duplicates) if duplicates else 'none'}",
     ]
-    origin = [f"licence {data['licence']}" if data.get("licence") else "", str(data.get("source") or "")]
+    origin = [str(data.get("licence") or ""), str(data.get("source") or "")]
     origin += [str(note) for note in data.get("notes") or []]
     lines = {"Data": "; ".join(parts)}
+    if settings := _settings(identity):
+        lines["Settings of the data"] = settings
     return lines | {"Licence and source": "; ".join(o.rstrip(".") for o in origin if o)} if any(origin) else lines
 
 
 def _recipe(record: Record) -> dict[str, str]:
     identity, numerics = record["identity"], record["identity"]["numerics"]
-    network = {k: v for k, v in identity["network"].items() if k not in ("name", "version")}
-    training = {k: v for k, v in identity["training"].items() if k not in ("name", "version")}
     switches = ", ".join(f"{name} {SWITCH.get(numerics.get(key), numerics.get(key))}" for key, name in SWITCHES.items())
     return {
-        "Network": f"`{row_label(identity['network']['name'], network)}`",
-        "Recipe": plain_text(training) or "its defaults",
+        "Network": "; ".join(filter(None, (f"`{identity['network']['name']}`", _settings(identity["network"])))),
+        "Recipe": _settings(identity["training"]),
         "Run on": f"{numerics['device']}, {numerics['dtype']}, {switches}; {machine_of(record)}",
     }
+
+
+def _settings(component: Mapping[str, Any]) -> str:
+    return plain_text({k: v for k, v in component.items() if k not in ("name", "version", "digest")})
 
 
 SWITCHES = {"tf32": "TF32", "autocast": "autocast"}
@@ -253,7 +255,7 @@ def _cell(table: Table, summary: Summary, unit: str, interval: bool = True) -> s
     text = number(summary.value, unit)
     if interval and summary.low is not None and summary.high is not None:
         # No space inside the brackets: a narrow rendering breaks between value and interval, nowhere else.
-        text += f" [{number(summary.low, unit)},{number(summary.high, unit)}]"
+        text += f" [{end(summary.low, unit)},{end(summary.high, unit)}]"
     if len(table.suite.base_seeds) > 1 and len(summary.seeds) == 1:
         return text + " *"
     return text + f" ({len(summary.seeds)})" if summary.reasons else text
@@ -264,6 +266,8 @@ def _brackets(table: Table, columns: Sequence[Column]) -> str:
     summaries = [summarise(table, row, c) for row in table.suite.rows for c in columns]
     single = sorted({s.interval for s in summaries if len(s.seeds) == 1 and s.interval})
     made = f" ({', '.join(single)})" if single else ""
+    if len(table.suite.base_seeds) == 1 and not single:
+        return "One base seed: no intervals and no ranks."
     if len(table.suite.base_seeds) == 1:
         return f"Brackets: **test cases only**, for there is one base seed{made}; hence no ranks."
     few = len(table.suite.base_seeds) < ENOUGH

@@ -163,10 +163,11 @@ class _Loader(yaml.SafeLoader):
     """YAML without two of its traps: a repeated key is an error, and 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key}' stands twice in line {node.start_mark.line + 1} and below")
+        seen = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"key '{key.value}' of line {key.start_mark.line + 1} stands above already")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

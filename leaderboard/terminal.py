@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .cells import Record, settle, verified
-from .columns import ACCEPTANCE, accepted, overview, summarise
+from .columns import ACCEPTANCE, accepted, overview, score_name, summarise
 from .suite import Suite
 from .text import NONE, aligned, number, on_seeds, states
 
@@ -36,7 +36,8 @@ def summary_line(record: Record) -> str:
 def render_terminal(records: Iterable[Record], suite: Suite) -> str:
     """Return a short table of `suite`: means over base seeds without intervals, holes with their reasons."""
     table = settle(suite, records)
-    columns = [c for c in overview(suite) if c.key != ACCEPTANCE]
+    # The counts say what acceptance says; capacity says nothing beyond vpr for two classes, and lines must stay short.
+    columns = [c for c in overview(suite) if score_name(c.key) not in (ACCEPTANCE, "capacity")]
     lines = [["", "accepted", *(c.title for c in columns)]]
     for row in suite.rows:
         records_of_row = table.ok(row)

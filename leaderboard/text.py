@@ -11,9 +11,18 @@ NONE = "–"
 
 
 def number(value: float | None, unit: str) -> str:
-    """Return three decimals (signed for differences), or KiB, MiB, GiB for bytes; a dash for no value."""
+    """Return three decimals (signed for differences), or KiB, MiB, GiB for bytes; a dash for no value.
+
+    0.000 is zero; what is merely small reads <0.001, for no generator is free and only a control is exact.
+    """
     if value is None:
         return NONE
+    text = end(value, unit)
+    return "<0.001" if value > 0 and text == "0.000" else text
+
+
+def end(value: float, unit: str) -> str:
+    """Return an end of an interval, in the format of its value."""
     if unit == "bytes":
         return _bytes(value)
     text = f"{value:+.3f}" if unit == "difference" else f"{value:.3f}"
@@ -66,12 +75,12 @@ def in_order(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def paragraph(*texts: str) -> str:
     """Return texts as one paragraph in lines of at most 120 characters."""
-    return _filled(" ".join(texts)) + "\n"
+    return _filled(" ".join(texts), "") + "\n"
 
 
 def bullet(text: str) -> str:
     """Return `text` as one item of a list, in lines of at most 120 characters."""
-    return _filled(text, initial_indent="- ", subsequent_indent="  ") + "\n"
+    return _filled(text, "- ") + "\n"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -117,6 +126,6 @@ def states(of_cells: Iterable[str]) -> str:
     return ", ".join([f"{ok} of {total}", *(f"{n} {state}" for state, n in holes)])
 
 
-def _filled(text: str, **indents: str) -> str:
-    words = " ".join(text.split())
-    return textwrap.fill(words, 120, break_long_words=False, break_on_hyphens=False, **indents)
+def _filled(text: str, mark: str) -> str:
+    lines = textwrap.TextWrapper(120, mark, " " * len(mark), break_long_words=False, break_on_hyphens=False)
+    return lines.fill(" ".join(text.split()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -110,8 +110,16 @@ class MetricInfo:
                 raise ValueError(f"metric '{self.name}': '{value}' is none of {', '.join(allowed)}")
 
 
+class Metric(Protocol):
+    """A registered metric: a function with its declaration."""
+
+    info: MetricInfo
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
 LEVELS = ("model", "set", "membership")
-METRICS: Registry[Any] = Registry(
+METRICS: Registry[Metric] = Registry(
     "metric", "multiplicity_bench.metrics", "register_metric", "multiplicity_bench.metrics"
 )
 

@@ -22,8 +22,8 @@ _SOURCE = "Hsu, Calmon (NeurIPS 2022)"
 _BLOCK = 1 << 19
 _LN2 = np.log(2.0)
 _CERTIFICATE = (1e-6 * _LN2, 1e-3)  # gap between the bounds, in nats and relative, that is promised
-_RIDGE = 1e-14  # keeps a system solvable that is singular but for rounding; it bends steps, not bounds
 _TARGET = (1e-11, 1e-7)  # and the one that is aimed at
+_RIDGE = 1e-14  # keeps a system solvable that is singular but for rounding; it bends steps, not bounds
 
 
 def capacity(probabilities: np.ndarray) -> np.ndarray:

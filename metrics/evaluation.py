@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .api import METRICS, MetricInfo, Predictions, Score, Settings, Undefined
+from .api import METRICS, Metric, MetricInfo, Predictions, Score, Settings, Undefined
 from .context import Context, check_finite, contexts
 from .decisions import ambiguous
 from .intervals import CaseMean, Estimate, PatientBootstrap, average, wilson
@@ -44,7 +45,7 @@ def evaluate(
     """Score a model set: membership on `val`, every metric (or those named) on `test` for the accepted members.
 
     Raises NonFinite naming member and sample for logits that are not finite, ValueError for shapes that do not fit,
-    UserError for an unknown metric.
+    UserError for an unknown metric, Undefined when the loss of membership has no value on `val`.
     """
     settings = settings or Settings()
     for view in (val, test):
@@ -84,7 +85,7 @@ def score_view(
         _add_any_label(results, any_label, bootstrap, settings.k, drawn)
     marked = f"/{view}" if view else ""
     return {
-        key.replace("/", marked): _score(functions[_name(key)].info, estimates) for key, estimates in results.items()
+        key.replace("/", marked, 1): _score(functions[_name(key)].info, estimates) for key, estimates in results.items()
     }
 
 
@@ -106,11 +107,11 @@ def check_shapes(predictions: Predictions) -> None:
         raise ValueError(f"labels on {p.view} lie in {p.labels.min()}..{p.labels.max()}, not in 0..{classes - 1} or -1")
 
 
-def _functions(names: Sequence[str] | None) -> dict[str, Callable]:
+def _functions(names: Sequence[str] | None) -> dict[str, Metric]:
     return dict(METRICS.load_all()) if names is None else {name: METRICS.get(name) for name in names}
 
 
-def _acceptance(functions: Mapping[str, Callable], who: Membership, settings: Settings) -> dict[str, Score]:
+def _acceptance(functions: Mapping[str, Metric], who: Membership, settings: Settings) -> dict[str, Score]:
     scores = {}
     for name, function in functions.items():
         if function.info.level != "membership":
@@ -123,7 +124,7 @@ def _acceptance(functions: Mapping[str, Callable], who: Membership, settings: Se
     return scores
 
 
-def _add(results: _Results, context: Context, functions: Mapping[str, Callable], k: int, drawn: int) -> None:
+def _add(results: _Results, context: Context, functions: Mapping[str, Metric], k: int, drawn: int) -> None:
     """Compute every metric of one problem; what is a mean over cases is resampled in one product for all metrics."""
     found = {
         key + suffix: result
@@ -140,35 +141,27 @@ def _add(results: _Results, context: Context, functions: Mapping[str, Callable],
 
 
 def _plan(
-    context: Context, functions: Mapping[str, Callable], k: int, drawn: int
+    context: Context, functions: Mapping[str, Metric], k: int, drawn: int
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield score keys, with "/" where a view goes, and the calls that compute them."""
+    size, nobody = context.size, f"0 of {drawn} drawn members accepted"
     for name, f in functions.items():
+        least = f.info.min_members
+        few = nobody if least == 1 else f"{size} of {least} accepted"
         if f.info.level == "model":
-            yield f"{name}.base/", lambda f=f: f(context, context.base[None])
-            yield (
-                f"{name}.member_mean/",
-                _needing(1, context.size, drawn, lambda f=f: f(context, context.probabilities)),
-            )
-            yield f"{name}.ensemble/", _needing(1, context.size, drawn, lambda f=f: f(context, context.ensemble[None]))
+            yield f"{name}.base/", partial(f, context, context.base[None])
+            yield f"{name}.member_mean/", _refuse(nobody) if not size else partial(f, context, context.probabilities)
+            yield f"{name}.ensemble/", _refuse(nobody) if not size else partial(f, context, context.ensemble[None])
         elif not f.info.at_k:
-            yield f"{name}/", _needing(f.info.min_members, context.size, drawn, lambda f=f: f(context))
+            yield f"{name}/", _refuse(few) if size < least else partial(f, context)
         else:
-            least = f.info.min_members
-            yield f"{name}/", _needing(least, context.size, drawn, lambda f=f: f(context, None))
-            yield f"{name}@{k}/", _needing(max(k, least), context.size, None, lambda f=f: f(context, k))
+            yield f"{name}/", _refuse(few) if size < least else partial(f, context, None)
+            wanted = max(k, least)
+            yield f"{name}@{k}/", _refuse(f"{size} of {wanted} accepted") if size < wanted else partial(f, context, k)
 
 
-def _needing(least: int, size: int, drawn: int | None, compute: Callable[[], Any]) -> Callable[[], Any]:
-    """Return `compute`, or a call that says how many members there are when they are too few."""
-    if size >= least:
-        return compute
-    reason = f"{size} of {least} accepted" if drawn is None or least > 1 else f"0 of {drawn} drawn members accepted"
-
-    def refuse() -> Undefined:
-        return Undefined(reason)
-
-    return refuse
+def _refuse(reason: str) -> Callable[[], Undefined]:
+    return partial(Undefined, reason)
 
 
 def _attempt(compute: Callable[[], Any]) -> Mapping[str, Any]:
@@ -182,14 +175,12 @@ def _attempt(compute: Callable[[], Any]) -> Mapping[str, Any]:
 def _add_any_label(results: _Results, flips: np.ndarray, bootstrap: PatientBootstrap, k: int, drawn: int) -> None:
     """Add `ambiguity.any_label`: the share of patients of whom some member flips any label of any image."""
     patients, size = bootstrap.of_patients(), len(flips)
-    for key, least, at in (("ambiguity.any_label/", 1, None), (f"ambiguity.any_label@{k}/", k, k)):
-        call = _needing(
-            least,
-            size,
-            drawn if at is None else None,
-            lambda at=at: patients.mean(ambiguous(flips.sum(axis=0), size, at)),
-        )
-        results[key].append(_attempt(call)[""])
+    for key, at in (("ambiguity.any_label/", None), (f"ambiguity.any_label@{k}/", k)):
+        if size >= (at or 1):
+            results[key].append(patients.mean(ambiguous(flips.sum(axis=0), size, at)))
+        else:
+            few = f"{size} of {at} accepted" if at else f"0 of {drawn} drawn members accepted"
+            results[key].append(Undefined(few))
 
 
 def _name(key: str) -> str:

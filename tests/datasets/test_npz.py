@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from multiplicity_bench.datasets.api import AGE_BINS, prepare
 from multiplicity_bench.datasets.npz import Npz
 from multiplicity_bench.errors import UserError
@@ -96,10 +95,10 @@ def test_attributes_are_coded_alike_in_all_splits(tmp_path):
 
 
 def test_numeric_attributes_keep_their_values_as_names_and_negatives_are_missing(tmp_path):
-    site = {f"{s}_site": np.resize([10, 2, -1], n) for s, n in COUNTS.items()}
+    site = {f"{s}_site": np.resize([10, 2, -1, np.nan, np.inf], n) for s, n in COUNTS.items()}
     data = read(tmp_path, **site)
     assert data.attribute_values["site"] == ["2", "10"]
-    assert data.splits["test"].attributes["site"][:3].tolist() == [1, 0, -1]
+    assert data.splits["test"].attributes["site"][:5].tolist() == [1, 0, -1, -1, -1]
 
 
 @pytest.mark.parametrize("kind", [float, "U5"])
@@ -108,6 +107,11 @@ def test_ages_in_years_are_grouped_by_decade(tmp_path, kind):
     data = read(tmp_path, **age)
     assert data.attribute_values["age"] == AGE_BINS
     assert data.splits["test"].attributes["age"][:7].tolist() == [0, 3, 4, 9, -1, -1, -1]
+
+
+def test_bytes_are_read_as_text_even_where_they_are_no_utf8(tmp_path):
+    sex = {f"{s}_sex": np.resize([b"F", b"M\xff"], n) for s, n in COUNTS.items()}
+    assert read(tmp_path, **sex).attribute_values["sex"] == ["F", "M\ufffd"]
 
 
 def test_ages_binned_by_the_user_are_kept(tmp_path):
@@ -122,8 +126,6 @@ def test_an_attribute_absent_from_a_split_is_unknown_there_and_noted(tmp_path):
 
 
 def test_identifiers_and_masks_are_left_out_with_a_note(tmp_path):
-    extra = {f"{s}_study": np.arange(n) + 1000 * i for i, (s, n) in enumerate(COUNTS.items())}
-    extra |= {f"{s}_study": np.arange(n) + 500 * i for i, (s, n) in enumerate(COUNTS.items())}
     big = {f"{s}_images": np.zeros((60, 4, 4), np.uint8) for s in COUNTS}
     big |= {f"{s}_labels": np.arange(60) % 2 for s in COUNTS}
     big |= {f"{s}_study": np.arange(60) + 60 * i for i, s in enumerate(COUNTS)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from multiplicity_bench.datasets import hashing
 from multiplicity_bench.datasets.api import (
     DATASETS,
@@ -213,6 +212,9 @@ def broken(part, **values):
         (broken("test", attributes={"age": np.zeros(40, np.int64)}), "attribute age has no attribute_values"),
         (broken("test", attributes={"sex": np.zeros(4, np.int64)}), "test_sex is int64 (4,)"),
         (broken("test", patient=np.arange(40)), "but not for train, val"),
+        (broken("test", ids=np.arange(39)), "ids of test is int64 (39,)"),
+        (broken("test", latents={"truth": np.zeros(3)}), "latent truth of test has 3 rows"),
+        (made((2, 40, 40)), "train is too small to carve tune out of it"),
     ],
 )
 def test_a_broken_promise_is_named_with_its_array(data, said):
@@ -245,13 +247,13 @@ def test_the_default_folder_is_the_variable_then_the_shared_one_then_home(tmp_pa
     monkeypatch.setenv("MULTIPLICITY_BENCH_DATA", str(project))
     assert default_data_root() == project
     monkeypatch.setenv("MULTIPLICITY_BENCH_DATA", str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="MULTIPLICITY_BENCH_DATA=.*absent does not exist"):
+    with pytest.raises(UserError, match=r"MULTIPLICITY_BENCH_DATA=.*absent does not exist"):
         default_data_root()
     assert not (tmp_path / "home").exists()
 
 
 def test_a_named_folder_that_is_missing_is_refused_and_not_created(tmp_path):
-    with pytest.raises(UserError, match="data_root=.*absent does not exist"):
+    with pytest.raises(UserError, match=r"data_root=.*absent does not exist"):
         prepare(Given(made()), tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     assert resolve_data_root(str(tmp_path)) == tmp_path

@@ -1,0 +1,95 @@
+"""Suite files: what they give, and what is said about those that are wrong."""
+
+from __future__ import annotations
+
+import pytest
+from multiplicity_bench.errors import UserError
+from multiplicity_bench.leaderboard.suite import board_suites, load_suite, suite_names
+
+
+def test_every_packaged_suite_is_valid_and_the_board_consists_of_breastmnist_and_phantom():
+    assert {load_suite(name).name for name in suite_names()} >= {"breastmnist", "phantom", "quickstart"}
+    assert [suite.name for suite in board_suites()] == ["breastmnist", "phantom"]
+
+
+def test_rows_are_named_by_generator_and_settings_in_the_order_of_the_file(suite):
+    assert [row.label for row in suite.rows][-3:] == [
+        "laplace[prior_precision=marglik]",
+        "laplace[structure=kron]",
+        "swag",
+    ]
+    assert [row.control for row in suite.rows][:4] == [True, True, True, False]
+    assert suite.row("laplace[structure=kron]").settings == {"structure": "kron"}
+
+
+def test_cells_run_all_rows_of_a_base_seed_before_the_next(suite):
+    cells = [(row.label, seed) for row, seed in suite.cells()]
+    assert len(cells) == 8 * 5
+    assert [seed for _, seed in cells] == sorted(seed for _, seed in cells)
+    assert [label for label, seed in cells if seed == 3] == [row.label for row in suite.rows]
+
+
+def test_a_row_may_draw_its_own_number_of_members(suite_path):
+    suite_path.write_text(suite_path.read_text() + "  - retrain: {resample: bootstrap}\n    members: 8\n")
+    suite = load_suite(suite_path)
+    assert suite.row("retrain[resample=bootstrap]").members == 8
+    assert suite.row("retrain").members == 20
+
+
+def test_settings_for_scoring_are_those_of_the_file(suite_path):
+    suite_path.write_text(suite_path.read_text() + "epsilon: 1e-2\nk: 3\nloss: brier\nepsilons: [0, 0.5]\n")
+    settings = load_suite(suite_path).settings
+    assert (settings.epsilon, settings.k, settings.loss, settings.epsilons) == (0.01, 3, "brier", (0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("members: 20", "member: 20", ["unknown key 'member'", "'members'"]),
+        ("title: Toy board", "", ["key 'title' is missing"]),
+        ("members: 20", "members: twenty", ["members", "whole number", "'twenty'"]),
+        ("members: 20", "members: 0", ["members", "at least 1", "0"]),
+        ("members: 20", "members: true", ["members", "whole number"]),
+        ("members: 20", "members: 4", ["rows[0]", "4 members", "k = 5"]),
+        ("members: 20", "epsilon: -0.1", ["epsilon", "at least 0", "-0.1"]),
+        ("members: 20", "epsilon: .nan", ["epsilon", "at least 0"]),
+        ("members: 20", "epsilons: []", ["epsilons", "at least one entry"]),
+        ("members: 20", "loss: nlll", ["loss", "'nlll'", "'nll'"]),
+        ("members: 20", "device: gpu", ["device", "'gpu'", "cpu"]),
+        ("predictions: true", "predictions: 1", ["predictions", "true or false"]),
+        ("[0, 1, 2, 3, 4]", "[0, 1, 2, 2, 4]", ["base_seeds", "twice"]),
+        ("[0, 1, 2, 3, 4]", "[0, 1, -2, 3, 4]", ["base_seeds[2]", "-2"]),
+        ("[0, 1, 2, 3, 4]", "[0, 1, 2]", ["base_seeds", "board needs at least 5"]),
+        ("  - temperature\n", "", ["every control", "temperature"]),
+        ("{name: toy, size: 28}", "{size: 28}", ["dataset", "needs a name"]),
+        ("{name: toy, size: 28}", "toy", ["dataset", "mapping"]),
+        ("{name: toy, size: 28}", "{name: toy, size: {a: 1}}", ["dataset.size"]),
+        ("  - retrain\n", "  - swag\n", ["rows[7]", "repeats 'swag'"]),
+        ("  - retrain\n", "  - [retrain]\n", ["rows[3]", "no row"]),
+        ("  - retrain\n", "  - retrain: {}\n    swag: {}\n", ["rows[3]", "no row"]),
+        ("  - retrain\n", "  - retrain: bootstrap\n", ["rows[3].retrain", "mapping of settings"]),
+        ("  - retrain\n", "  - retrain\n    resample: bootstrap\n", ["not YAML"]),
+        ("k: 5", "k: 5", ["'k' of line", "stands above already"]),
+        ("title:", "\ttitle:", ["not YAML"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_and_key(suite_path, old, new, parts):
+    text = suite_path.read_text()
+    text = text + "k: 5\nk: 6\n" if old == "k: 5" else text.replace(old, new)
+    suite_path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_suite(suite_path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(str(suite_path))
+    assert all(part in message for part in parts), message
+
+
+def test_an_unknown_suite_suggests_close_names_and_an_absent_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"unknown suite 'brestmnist': did you mean 'breastmnist'"):
+        load_suite("brestmnist")
+    with pytest.raises(UserError, match=r"absent\.yaml: the suite file cannot be read"):
+        load_suite(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="a suite is a mapping"):
+        load_suite(str(tmp_path / "list.yaml"))
