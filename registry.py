@@ -53,9 +53,8 @@ class Registry(Generic[T]):
             origin = f"{obj.__module__}.{obj.__qualname__}"
             for name in names:
                 if self._origins.get(name, origin) != origin:
-                    raise UserError(
-                        f"{self.kind} '{name}' is registered twice, by {self._origins[name]} and by {origin}: rename one"
-                    )
+                    both = f"{self._origins[name]} and by {origin}"
+                    raise UserError(f"{self.kind} '{name}' is registered twice, by {both}: rename one")
                 self._origins[name] = origin
                 self._objects[name] = obj
             return obj

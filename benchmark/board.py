@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..leaderboard.cli import build_parser, execute, record_path, run_verify
+from ..leaderboard.cli import Parser, build_parser, execute, record_path, run_verify
 
 TOLERANCE = 1e-6
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser, commands = build_parser()
     verify = commands.choices["verify"]
     verify.add_argument("--rerun", action="store_true", help="compute the whole chain again and compare the scores")
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="show the artifacts and remove what no record needs")
     clean.add_argument("--artifacts", type=Path, default=Path("outputs/artifacts"), metavar="DIR", help="the store")
     clean.add_argument(
-        "--records", type=Path, default=Path("outputs/records"), metavar="DIR", help="records to keep for"
+        "--records", type=Path, default=Path("outputs/records"), metavar="DIR", help="whose sets to keep"
     )
     clean.add_argument("--remove", action="store_true", help="remove; without it, nothing is touched")
     clean.set_defaults(run=_clean)

@@ -29,7 +29,7 @@ class LoadedSet:
         return self.model_set.member(index)
 
     def predict(self, images: np.ndarray | Tensor) -> np.ndarray:
-        """Return float32 logits [member, sample, class] of all members on uint8 images [sample, channel, height, width]."""
+        """Return float32 logits [member, sample, class] on uint8 images [sample, channel, height, width]."""
         images = torch.as_tensor(images)
         wanted = (self.network.channels, self.network.size, self.network.size)
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:

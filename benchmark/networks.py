@@ -125,7 +125,7 @@ class MLP:
 @register_network("smallcnn")
 @dataclass
 class SmallCNN:
-    """Three convolutions with GroupNorm, global average, one linear layer: about 24,000 weights, for up to 64 pixels."""
+    """Three convolutions with GroupNorm, one linear layer; about 24,000 weights, for up to 64 pixels."""
 
     width: int = 16
     norm: str = "group"

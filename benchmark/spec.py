@@ -135,9 +135,10 @@ def register_config() -> None:
 
 def build_spec(config: DictConfig) -> Spec:
     """Return the checked run that a composed configuration describes; UserError for what cannot be."""
-    values = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k != "training"}  # type: ignore[union-attr]
+    composed: Any = OmegaConf.to_container(config, resolve=True)
+    values: dict[str, Any] = {k: v for k, v in composed.items() if k != "training"}
     options = Options(**{k: v for k, v in values.items() if k not in ("dataset", "network", "generator")})
-    options.training = Training(**OmegaConf.to_container(config.training))  # type: ignore[arg-type]
+    options.training = Training(**composed["training"])
     _check(options)
     components, names = {}, {}
     for kind, registry in (("dataset", DATASETS), ("network", NETWORKS), ("generator", GENERATORS)):

@@ -156,7 +156,7 @@ class Problem:
     batch_size: int
     fit: Fit
     members: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     part: Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, spec, compute: (
         compute()
     )

@@ -21,7 +21,7 @@ BATCH = 128
 
 
 def reestimated(problem: Problem, params: Leaves, seed: int) -> Leaves:
-    """Return buffers whose running statistics are re-estimated for `params`, on images in the order that `seed` gives."""
+    """Return buffers whose running statistics are re-estimated for `params`, on images ordered by `seed`."""
     module = problem.module()
     module.load_state_dict(params, strict=False)
     for layer in module.modules():

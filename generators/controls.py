@@ -43,23 +43,32 @@ class _Output(Generator):
             raise UserError(f"generator.target_epsilon={self.target_epsilon} must be positive")
 
     def _set(self, problem: Problem, change: str, seed: int, values: Callable[[float], Tensor]) -> ModelSet:
+        """Return the base with its outputs changed by `values(size)` [member], size chosen on tune."""
+
+        def sized(size: float) -> OutputSet:
+            return OutputSet(
+                size=problem.members,
+                shared_params=problem.base.params,
+                shared_buffers=problem.base.buffers,
+                deployable=False,
+                notes=["the outputs of the base are changed: no member is a weight vector (not deployable)"],
+                values=values(size),
+                change=change,
+                seed=seed,
+            )
+
+        def rise(size: float) -> float:
+            changed = sized(size).change_outputs(logits, problem.tune.images, range(problem.members))
+            losses = [float(problem.loss(member, problem.tune.labels)) for member in changed]
+            return sum(losses) / len(losses) - base_loss
+
         with problem.clock.fixed():
             logits = problem.logits(problem.base.params, problem.base.buffers, problem.tune.images)
             base_loss = float(problem.loss(logits, problem.tune.labels))
-            common = {"size": problem.members, "change": change, "seed": seed, "deployable": False}
-            common |= {"shared_params": problem.base.params, "shared_buffers": problem.base.buffers}
-
-            def rise(size: float) -> float:
-                output = OutputSet(values=values(size), **common).block(0, problem.members).output
-                changed = output(logits.expand(problem.members, *logits.shape), problem.tune.images)
-                losses = [float(problem.loss(member, problem.tune.labels)) for member in changed]
-                return sum(losses) / len(losses) - base_loss
-
             size = _size_at(rise, self.target_epsilon / 4)
-        sized = OutputSet(values=values(size), **common)
-        sized.diagnostics = {"size": size, "tune_loss_rise": rise(size)}
-        sized.notes = ["control: the base's outputs are changed, no member is a weight vector (not deployable)"]
-        return sized
+        control = sized(size)
+        control.diagnostics = {"size": size, "tune_loss_rise": rise(size)}
+        return control
 
 
 @register_generator("temperature")

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ class Laplace(Generator):
         entries = problem.classes * sum(problem.base.params[n].numel() for n in names)
         if self.structure == "diag" and entries > JACOBIAN_LIMIT:
             return (
-                f"laplace-torch's exact diagonal holds {entries:,} Jacobian entries per image (limit {JACOBIAN_LIMIT:,}): "
-                "use subset=last_layer or structure=kron"
+                f"laplace-torch's exact diagonal holds {entries:,} Jacobian entries per image "
+                f"(limit {JACOBIAN_LIMIT:,}): use subset=last_layer or structure=kron"
             )
         return None
 
@@ -151,8 +152,8 @@ def leaf_names(module: nn.Module, structure: str, subset: str) -> list[str]:
 def fit_curvature(problem: Problem, structure: str, names: list[str]) -> dict[str, Tensor]:
     """Fit laplace-torch's GGN on train and return it with the prior precision that marginal likelihood picks.
 
-    diag: `diagonal` [param]; kron: `values.i.j`, `vectors.i.j`, eigenvalues and eigenvectors of leaf i (the eigenvalues'
-    product holds the sum over samples).
+    diag: `diagonal` [param]; kron: `values.i.j`, `vectors.i.j`, eigenvalues and eigenvectors of leaf i (the product of
+    the eigenvalues holds the sum over samples).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,7 +166,7 @@ def fit_curvature(problem: Problem, structure: str, names: list[str]) -> dict[st
         batch = 50 if structure == "diag" else 128
         loader = DataLoader(TensorDataset(problem.train.images, problem.train.labels), batch_size=batch)
         with torch.random.fork_rng(devices=[]):
-            fitted = LaplaceTorch(module, "classification", subset_of_weights="all", hessian_structure=structure)
+            fitted: Any = LaplaceTorch(module, "classification", subset_of_weights="all", hessian_structure=structure)
             fitted.fit(loader)
             fitted.optimize_prior_precision(method="marglik")
         result: dict[str, Tensor] = {"marglik": fitted.prior_precision.detach().reshape(-1)[0].clone()}
@@ -209,8 +210,8 @@ def choose_prior(
 ) -> float:
     """Return the prior precision: a given number, marginal likelihood's, or one chosen on tune.
 
-    `member(precision, k)` returns parameters and buffers of draw k; the draws on tune are the set's own first members, so
-    that their noise is the same at every precision tried.
+    `member(precision, k)` returns parameters and buffers of draw k; the draws on tune are the set's own first members,
+    so that their noise is the same at every precision tried.
     """
     number = prior_number(how)
     if number is not None:

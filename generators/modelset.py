@@ -344,15 +344,18 @@ class OutputSet(ModelSet):
 
     def block(self, start: int, stop: int) -> Block:
         """Return the base's weights with the output change of members `start .. stop - 1`."""
-        values = self.values[start:stop].view(-1, 1, 1)
 
         def output(logits: Tensor, images: Tensor) -> Tensor:
-            values_ = values.to(logits)
-            if self.change == "temperature":
-                return logits / values_
-            return logits + values_ * image_noise(images, self.seed, range(start, stop), logits.shape[-1]).to(logits)
+            return self.change_outputs(logits, images, range(start, stop))
 
         return Block(start, stop - start, {}, {}, self.shared_params, self.shared_buffers, output)
+
+    def change_outputs(self, logits: Tensor, images: Tensor, members: range) -> Tensor:
+        """Return what `members` say [member, sample, class], given the base's logits (with or without member axis)."""
+        values = self.values[members.start : members.stop].view(-1, 1, 1).to(logits)
+        if self.change == "temperature":
+            return logits / values
+        return logits + values * image_noise(images, self.seed, members, logits.shape[-1]).to(logits)
 
     def bytes_per_member(self) -> int:
         """Return the bytes of one value."""

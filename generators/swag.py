@@ -1,7 +1,7 @@
 """SWAG: a Gaussian fitted to the iterates of constant-rate SGD from the base (Maddox et al., NeurIPS 2019).
 
-`w = mean + sqrt(scale) (diag^(1/2) z1 + D z2 / sqrt(K - 1))`, scale = 1/2: diag is the iterates' variance (second moment
-minus squared mean), D their last K deviations from the running mean. Covariance: scale (diag + D D' / (K - 1)).
+`w = mean + sqrt(scale) (diag^(1/2) z1 + D z2 / sqrt(K - 1))`, scale = 1/2: diag is the iterates' variance, D
+their last K deviations from the running mean. Covariance: scale (diag + D D' / (K - 1)).
 """
 
 from __future__ import annotations
