@@ -24,24 +24,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known about a component before it is imported."""
+    """What is known about a component before it is imported; settings: its fields, `name=default`."""
 
     name: str
     module: str
     summary: str
     origin: str
     plugin: EntryPoint | None = None
+    settings: tuple[str, ...] = ()
 
 
 class Registry(Generic[T]):
     """Components of one kind by name.
 
     `kind` is the word used in messages ("generator"), `package` the import name whose modules hold the built-ins,
-    `decorator` the function that registers them, `group` the entry-point group of plug-ins (None: no plug-ins).
+    `decorator` the function that registers them, `group` the entry-point group of plug-ins (None: no plug-ins),
+    `needs` the attributes without which a plug-in's object is no component of this kind.
     """
 
-    def __init__(self, kind: str, package: str, decorator: str, group: str | None = None):
-        self.kind, self.package, self.decorator, self.group = kind, package, decorator, group
+    def __init__(self, kind: str, package: str, decorator: str, group: str | None = None, needs: tuple[str, ...] = ()):
+        self.kind, self.package, self.decorator, self.group, self.needs = kind, package, decorator, group, needs
+        self._warned: set[str] = set()
         self._entries: dict[str, Entry] | None = None
         self._objects: dict[str, T] = {}
         self._origins: dict[str, str] = {}
@@ -90,25 +93,37 @@ class Registry(Generic[T]):
             raise UserError(f"unknown {self.kind} '{name}': {suggest(name, self.names())}")
         try:
             if entry.plugin is not None:
-                self.register(name)(entry.plugin.load())
+                component = entry.plugin.load()
+                self._check(component)
+                self.register(name)(component)
             else:
                 importlib.import_module(entry.module)
         except UserError:
             raise
         except ModuleNotFoundError as error:
             raise Unavailable(f"{self.kind} '{name}' of {entry.origin} is unavailable: needs {error.name}") from error
-        except Exception as error:  # a plug-in may fail in any way; the rest of the suite must go on
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the rest of the suite must go on
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise Unavailable(f"{self.kind} '{name}' of {entry.origin} failed to import: {reason}") from error
         return self._objects[name]
 
     def load_all(self) -> Iterator[tuple[str, T]]:
-        """Yield every component that can be imported; one that cannot is a warning that names its origin."""
+        """Yield every component that can be imported; one that cannot is a warning (once) that names its origin."""
         for name in self.names():
             try:
                 yield name, self.get(name)
             except Unavailable as error:
-                warnings.warn(str(error), stacklevel=2)
+                if name not in self._warned:  # Python's own memory of what it warned about is erased by catch_warnings
+                    self._warned.add(name)
+                    warnings.warn(str(error), stacklevel=2)
+
+    def _check(self, component: Any) -> None:
+        """Raise TypeError when a plug-in's object cannot be a component of this kind."""
+        missing = [attribute for attribute in self.needs if not hasattr(component, attribute)]
+        if missing:
+            raise TypeError(f"no {self.kind}: it lacks {', '.join(missing)}")
+        if getattr(getattr(component, "__dataclass_params__", None), "frozen", False):
+            raise TypeError("it is a frozen dataclass, which refuses every setting: make it a plain one")
 
     def _plugins(self) -> Iterator[Entry]:
         for point in sorted(entry_points(group=self.group), key=lambda p: p.name) if self.group else []:
@@ -138,20 +153,45 @@ def _builtins(package: str, decorator: str) -> Iterator[Entry]:
                     summary = _first_line(ast.get_docstring(node)) or shared
                     for arg in mark.args:
                         if isinstance(arg, ast.Constant) and isinstance(arg.value, str):
-                            yield Entry(arg.value, module, summary, module)
+                            yield Entry(arg.value, module, summary, module, None, _settings(node, tree))
+
+
+def _settings(node: ast.stmt, tree: ast.Module) -> tuple[str, ...]:
+    """Return the fields `name=default` of a dataclass, after those of its bases in the same module."""
+    if not isinstance(node, ast.ClassDef):
+        return ()
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    found = []
+    for other in tree.body:
+        if isinstance(other, ast.ClassDef) and other.name in bases:
+            found += _settings(other, tree)
+    for line in node.body:
+        if not isinstance(line, ast.AnnAssign) or line.value is None:
+            continue
+        if "ClassVar" not in ast.unparse(line.annotation):
+            found.append(f"{ast.unparse(line.target)}={ast.unparse(line.value)}")
+    return tuple(found)
 
 
 def _plugin_summary(point: EntryPoint) -> str:
-    """Read the first docstring line of a plug-in from its file, so that listing it does not import it."""
-    relative = Path(*point.module.split("."))
-    for candidate in (relative.with_suffix(".py"), relative / "__init__.py"):
-        path = Path(str(point.dist.locate_file(candidate))) if point.dist else candidate
-        if path.is_file():
-            try:
-                return _first_line(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
-            except (OSError, SyntaxError, ValueError):
-                return ""
-    return ""
+    """Read the one-liner of a plug-in from its source (its object's docstring, else its module's), importing nothing.
+
+    "" where the source cannot be found or read: what is wrong with it shows when it is used.
+    """
+    top, *inner = point.module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)  # of the top alone: finding a module inside it would import it
+        if spec is None or spec.origin is None:
+            return ""
+        path = Path(spec.origin)
+        if inner:
+            path = path.parent.joinpath(*inner)
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return ""
+    named = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == point.attr]
+    return _first_line(next(map(ast.get_docstring, named), None)) or _first_line(ast.get_docstring(tree))
 
 
 def _first_line(docstring: str | None) -> str:

@@ -146,7 +146,7 @@ def _clean(args: argparse.Namespace) -> int:
     from .store import Store
 
     store = Store(args.artifacts)
-    records = read_all(args.records) if args.records.is_dir() else []
+    records = read_all(args.records)  # a mistyped folder must not read as "no record needs anything"
     needed = set()
     for record in records:
         base = {n: record["identity"][n] for n in BASE_PARTS}

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import UserError, suggest
 
@@ -40,6 +40,9 @@ The second command is `leaderboard`: build, check, verify, export, clean.
 """
 
 
+DEFAULTS = {"dataset": "phantom_cxr", "network": "smallcnn"}
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     argv = sys.argv[1:]
@@ -61,6 +64,9 @@ def guarded(command: Any, *arguments: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {_hydra_message(error)}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except OSError as error:
         from .store import explain_os_error
 
@@ -86,6 +92,7 @@ def _hydra() -> int:
     def job(config: Any) -> None:
         codes.append(guarded(run, config))  # raised further, Hydra would add lines of its own
 
+    _check_flags(sys.argv[1:])
     _check_names(sys.argv[1:])
     job()
     return max(codes, default=0)
@@ -95,6 +102,9 @@ def run(config: Any) -> int:
     """Carry out what one composed configuration asks for: a single run, or the cells of a suite."""
     from hydra.core.hydra_config import HydraConfig
 
+    if config.list:
+        _list()
+        return 0
     overrides = list(HydraConfig.get().overrides.task)
     if config.suite is None and config.generator is not None:
         return run_one(config)
@@ -154,6 +164,18 @@ def _print_plan(task: Any) -> None:
         print(f"  {stage:<12} {key[:12]}  {'hit' if there else 'miss'}")
 
 
+def _check_flags(argv: Sequence[str]) -> None:
+    """Refuse what Hydra's own parser would answer with its usage, several lines long."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: options are NAME=VALUE, see run-benchmark --help")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(argv)
+
+
 def _check_names(argv: Sequence[str]) -> None:
     """Refuse an unknown dataset, network or generator with the closest names, before Hydra lists its own."""
     from ..datasets.api import DATASETS
@@ -162,6 +184,8 @@ def _check_names(argv: Sequence[str]) -> None:
 
     for argument in argv:
         group, _, names = argument.lstrip("+~").partition("=")
+        if argument.startswith("~") or (group in ("dataset", "network") and names == "null"):
+            raise UserError(f"{argument}: a run cannot do without '{group}': leave it out for the default")
         registry = {"dataset": DATASETS, "network": NETWORKS, "generator": GENERATORS}.get(group)
         for name in names.split(",") if registry else []:
             if name and name != "null" and not name.startswith("glob("):
@@ -184,20 +208,27 @@ def _hydra_message(error: Exception) -> str:
 def _suggest_option(option: str) -> str:
     from dataclasses import fields
 
+    from ..registries import BY_KIND
     from .spec import Options
     from .train import Training
 
+    part, _, setting = option.partition(".")
+    if setting and part in BY_KIND:
+        chosen = [a.partition("=")[2] for a in sys.argv if a.startswith(f"{part}=")]
+        entries = BY_KIND[part].entries()
+        names = chosen if chosen and chosen[-1] in entries else [DEFAULTS.get(part, "")]
+        if names[-1] in entries:
+            settings = [s.partition("=")[0] for s in entries[names[-1]].settings]
+            return f"of {names[-1]}, {suggest(setting, settings)}"
+        return f"run-benchmark list=true shows the settings of every {part}"
     known = [f.name for f in fields(Options)] + [f"training.{f.name}" for f in fields(Training)]
-    prefix = option.partition(".")[0]
-    if "." in option and prefix in ("dataset", "network", "generator"):
-        return f"run-benchmark list=true shows the settings of every {prefix}"
     return suggest(option, known)
 
 
-def _listing(kind: str) -> str:
+def _listing(kind: str, settings: bool = False) -> str:
     from .listing import describe
 
-    return describe(kind)
+    return describe(kind, settings)
 
 
 def _help() -> None:
@@ -208,5 +239,5 @@ def _list() -> None:
     from ..leaderboard.suite import suite_names
 
     for kind in ("generator", "dataset", "network", "metric"):
-        print(f"{kind}s\n{_listing(kind)}")
+        print(f"{kind}s\n{_listing(kind, settings=True)}")
     print("suites\n  " + ", ".join(suite_names()))

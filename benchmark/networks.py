@@ -16,10 +16,7 @@ from torch.func import functional_call
 
 from ..errors import UserError
 from ..identity import derive_seed
-from ..registry import Registry
-
-NETWORKS: Registry[Any] = Registry("network", "multiplicity_bench.benchmark.networks", "register_network")
-register_network = NETWORKS.register
+from ..registries import NETWORKS, register_network
 
 
 class Normalised(nn.Module):
@@ -83,8 +80,17 @@ class Network:
         return Network(about["spec"], about["channels"], about["size"], about["outputs"])
 
 
+def _at_least(value: int, name: str, low: int) -> None:
+    if value < low:
+        raise UserError(f"network.{name}={value} must be at least {low}")
+
+
 def _norm(kind: str, channels: int, groups: int = 4) -> nn.Module:
     if kind == "group":
+        if channels % min(groups, channels):
+            raise UserError(
+                f"GroupNorm cannot cut {channels} channels into {groups} groups: network.width must be a multiple of 4"
+            )
         return nn.GroupNorm(min(groups, channels), channels)
     if kind == "batch":
         return nn.BatchNorm2d(channels)
@@ -112,6 +118,10 @@ class MLP:
     depth: int = 2
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        _at_least(self.width, "width", 1)
+        _at_least(self.depth, "depth", 0)
+
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return `depth` hidden layers of `width` units."""
         layers: list[nn.Module] = [nn.Flatten()]
@@ -130,6 +140,9 @@ class SmallCNN:
     width: int = 16
     norm: str = "group"
     version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self.width, "width", 1)
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return conv(w) - conv(2w) - conv(4w), each normalised; halved twice by max-pooling."""

@@ -66,12 +66,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "source_digest": source_digest(),
         "commit": head,
         "dirty": dirty,
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {n: library_version(n) for n in LIBRARIES},
         "device_name": device_name(device),
     }
 
 
-def _version(name: str) -> str:
+def library_version(name: str) -> str:
+    """Return the installed version of a distribution, "" where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ..datasets.api import DATASETS, Data
-from ..errors import UserError
+from ..errors import UserError, suggest
 from ..generators.api import GENERATORS, Generator, choices
 from ..identity import digest, plain, row_label
 from ..metrics.api import Settings
@@ -137,6 +137,9 @@ def build_spec(config: DictConfig) -> Spec:
     """Return the checked run that a composed configuration describes; UserError for what cannot be."""
     composed: Any = OmegaConf.to_container(config, resolve=True)
     values: dict[str, Any] = {k: v for k, v in composed.items() if k != "training"}
+    known = [f.name for f in dataclasses.fields(Options)]
+    for name in values.keys() - set(known):  # +name=value adds what no schema knows
+        raise UserError(f"there is no option '{name}': {suggest(name, known)}")
     options = Options(**{k: v for k, v in values.items() if k not in ("dataset", "network", "generator")})
     options.training = Training(**composed["training"])
     _check(options)
@@ -183,9 +186,11 @@ def set_numerics(spec: Spec) -> None:
 
 
 def _check(o: Options) -> None:
-    for name, low in (("members", 1), ("k", 1), ("draws", 1), ("threads", 0), ("base_seed", 0), ("generator_seed", 0)):
-        if getattr(o, name) < low:
-            raise UserError(f"{name}={getattr(o, name)} must be at least {low}")
+    least = dict.fromkeys(("threads", "base_seed", "generator_seed", "resample_seed", "seed"), 0)
+    for name, low in (least | {"members": 1, "k": 1, "draws": 1}).items():
+        value = getattr(o, name)
+        if value is not None and value < low:
+            raise UserError(f"{name}={value} must be at least {low}")
     for value in (o.epsilon, *o.epsilons):
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"epsilon={value:g} must be a finite number of at least 0 (nats on val)")

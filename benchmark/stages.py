@@ -7,6 +7,7 @@ test except predictions, which are what every metric reads.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -197,6 +198,10 @@ class Run:
         A generator that cannot run here gives a skipped record with its reason; one whose numbers leave the finite
         ones a failed record. Other failures are recorded with their traceback and raised again.
         """
+        folder = Path(self.spec.options.records_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # a folder that cannot be written to is told now, not after hours of work
         try:
             reason = self.spec.generator.supports(self.problem())
             if reason:

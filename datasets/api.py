@@ -15,13 +15,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..identity import array_digest, derive_seed, digest
-from ..registry import Registry
+from ..registries import DATASETS as DATASETS
+from ..registries import register_dataset as register_dataset
 from .hashing import hash_images, scattered
-
-DATASETS: Registry[type[Dataset]] = Registry(
-    "dataset", "multiplicity_bench.datasets", "register_dataset", "multiplicity_bench.datasets"
-)
-register_dataset = DATASETS.register
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 SPLITS = ("train", "val", "test")

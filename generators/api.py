@@ -15,13 +15,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..registry import Registry
+from ..registries import GENERATORS as GENERATORS
+from ..registries import register_generator as register_generator
 from .modelset import ModelSet
-
-GENERATORS: Registry[type[Generator]] = Registry(
-    "generator", "multiplicity_bench.generators", "register_generator", "multiplicity_bench.generators"
-)
-register_generator = GENERATORS.register
 
 Params = dict[str, Tensor]
 """Leaves of a network by name."""

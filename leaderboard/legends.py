@@ -23,7 +23,8 @@ Records from a tree with uncommitted changes: nobody can tell which code made th
 
 PERFORMANCE = """
 On test: the mean over accepted members; *ensemble*: the score of their mean probabilities. *loss*: cross-entropy, nats.
-*Brier*: squared error of the probabilities, summed over classes. *ECE*: expected calibration error.
+*Brier*: squared error of the probabilities (of two classes: of the positive one's; of more: summed). *ECE*: expected
+calibration error.
 """
 
 MEMBERSHIP = """

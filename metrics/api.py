@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import Diverged
-from ..registry import Registry
+from ..registries import METRICS
 
 
 @dataclass
@@ -119,9 +119,6 @@ class Metric(Protocol):
 
 
 LEVELS = ("model", "set", "membership")
-METRICS: Registry[Metric] = Registry(
-    "metric", "multiplicity_bench.metrics", "register_metric", "multiplicity_bench.metrics"
-)
 
 
 class Undefined(Exception):

@@ -39,12 +39,17 @@ class Estimate:
     n: int
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Return the percentile interval; NaN ends when over 5 % of the draws are undefined, or there are none."""
+        """Return the percentile interval of the draws, moved so that their mean is the value.
+
+        The move matters for statistics that resampling biases upward (ECE, discrepancy: repeated cases look like
+        structure), whose plain percentiles can leave out the estimate itself; a mean's draws are centred already. What
+        cannot be negative is cut at 0. NaN ends when over 5 % of the draws are undefined, or there are none.
+        """
         defined = self.draws[np.isfinite(self.draws)]
         if not len(defined) or len(defined) < 0.95 * len(self.draws) or not math.isfinite(self.value):
             return Interval(math.nan, math.nan)
-        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-        return Interval(float(low), float(high))
+        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) + (self.value - defined.mean())
+        return Interval(max(float(low), 0.0) if defined.min() >= 0 else float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""`make speed`: what things cost, as ratios measured side by side in one run, written to SPEED.md and speed.json.
+
+A ratio is baseline / ours at equal work: above 1, ours is faster. Each pair is timed alternately (ours, baseline, ours,
+...), at least five times after a warm-up, with the device synchronised; the table shows medians and the spread
+(maximum - minimum) / median of ours. Baselines are plain PyTorch or numpy as a careful user would write them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..datasets.phantom_cxr import PhantomCXR
+from ..generators.api import Part
+from ..generators.modelset import DiagonalSet
+from ..metrics.api import Predictions, Settings
+from ..metrics.decisions import disagreement
+from ..metrics.evaluation import evaluate
+from .networks import Network
+from .predict import predict
+from .provenance import LIBRARIES, device_name, library_version
+from .stages import PeakMemory
+from .store import synchronise
+from .train import Training, train
+
+HERE = Path(__file__).parent
+REPEATS = 5
+
+
+def main() -> None:
+    """Measure every row on the CPU, and on a GPU where there is one; write SPEED.md and speed.json."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    rows, figures = [], []
+    for device in devices:
+        for measure in MEASURES:
+            rows.append(measure(device))
+            print(f"{rows[-1]['name']:<28} {device.type:<5} {rows[-1]['ratio']:.2f} x", file=sys.stderr)
+    for figure in (phantom_rate, memory_of_1000_members):
+        figures.append(figure())
+        print(": ".join(figures[-1]), file=sys.stderr)
+    (HERE / "speed.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (HERE / "SPEED.md").write_text(render(rows, figures, devices), encoding="utf-8")
+    print(f"{HERE / 'SPEED.md'}")
+
+
+def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
+    """Time two ways to do the same work, alternately, and return a row of speed.json."""
+    seconds: dict[Callable[[], Any], list[float]] = {ours: [], baseline: []}
+    for repeat in range(REPEATS + 1):
+        for way, times in seconds.items():
+            synchronise(device)
+            start = time.perf_counter()
+            way()
+            synchronise(device)
+            if repeat:
+                times.append(time.perf_counter() - start)
+    a, b = statistics.median(seconds[ours]), statistics.median(seconds[baseline])
+    return {
+        "name": name,
+        "device": device.type,
+        "ratio": b / a,
+        "ours_s": a,
+        "baseline_s": b,
+        "spread": (max(seconds[ours]) - min(seconds[ours])) / a,
+        "versions": {library: library_version(library) for library in LIBRARIES},
+    }
+
+
+def train_smallcnn(device: torch.device) -> dict[str, Any]:
+    """Time two epochs of the recipe on 546 images against a plain PyTorch loop with the same batches and optimiser."""
+    data = _images(546, device)
+    network, recipe = Network({"name": "smallcnn"}, 1, 28, 2), Training(epochs=2)
+
+    def plain() -> None:
+        module = network.module(*network.init(0)).to(device).train()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.0)
+        steps = recipe.epochs * -(-len(data) // recipe.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(recipe.epochs):
+            for rows in torch.randperm(len(data)).to(device).split(recipe.batch_size):
+                loss = nn.functional.cross_entropy(module(data.images[rows]), data.labels[rows])
+                loss = loss + recipe.prior_precision / (2 * len(data)) * sum(
+                    p.square().sum() for p in module.parameters()
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+
+    return compare("train_smallcnn", device, lambda: train(network, data, recipe, 0), plain)
+
+
+def predict_set_smallcnn(device: torch.device) -> dict[str, Any]:
+    """Time the prediction of 50 sampled members on 500 images against the usual `vector_to_parameters` loop."""
+    data = _images(500, device)
+    network = Network({"name": "smallcnn"}, 1, 28, 2)
+    members = _diagonal_set(network, 50, device)
+    module = network.module(*(_on(leaves, device) for leaves in network.init(0)))
+    mean = torch.cat([leaf.reshape(-1) for leaf in members.mean.values()])
+
+    def loop() -> None:
+        logits = []
+        with torch.no_grad():
+            for k in range(members.size):
+                nn.utils.vector_to_parameters(mean + members.perturbation(k), module.parameters())
+                logits.append(torch.cat([module(batch) for batch in data.images.split(256)]).cpu())
+
+    return compare("predict_set_smallcnn", device, lambda: predict(network, members, data.images), loop)
+
+
+def disagreement_1000x10000(device: torch.device) -> dict[str, Any]:
+    """Time mean pairwise disagreement of 1,000 members on 10,000 cases against a numpy loop over 2,000 of the pairs.
+
+    The loop is timed on 2,000 of the 499,500 pairs and scaled up. Metrics run on the CPU whatever the device.
+    """
+    generator = np.random.default_rng(0)
+    decisions = (generator.random((1000, 10_000)) < generator.random(10_000)).astype(np.int64)
+    pairs = generator.integers(0, 1000, (2000, 2))
+
+    def loop() -> None:
+        sum(float((decisions[a] != decisions[b]).mean()) for a, b in pairs)
+
+    row = compare("disagreement_1000x10000", device, lambda: disagreement(decisions, 2), loop)
+    scale = 499_500 / len(pairs)
+    return row | {"baseline_s": row["baseline_s"] * scale, "ratio": row["ratio"] * scale}
+
+
+def phantom_rate() -> tuple[str, str]:
+    """Return how many phantom images of 28 pixels are rendered per second."""
+    start = time.perf_counter()
+    PhantomCXR(train=4000, val=100, test=100).load(None)
+    return "phantom_cxr, 28 pixels", f"{4200 / (time.perf_counter() - start):,.0f} images per second"
+
+
+def memory_of_1000_members() -> tuple[str, str]:
+    """Return the peak memory above the data of 1,000 smallcnn members predicted and scored on 10,000 images.
+
+    The network runs on 200 images; their logits are repeated 50 times into an array of the full size, which is data:
+    what grows with images in prediction is that array alone.
+    """
+    device = torch.device("cpu")
+    network, data = Network({"name": "smallcnn"}, 1, 28, 2), _images(200, device)
+    members = _diagonal_set(network, 1000, device)
+    logits = np.zeros((1000, 10_000, 2), np.float32)
+    labels = np.tile(data.labels.numpy(), 50)
+    memory = PeakMemory(device)
+
+    def write(block: Any, values: Tensor) -> None:
+        logits[block.start : block.start + block.size] = np.tile(values.numpy(), (1, 50, 1))
+
+    start = time.perf_counter()
+    predict(network, members, data.images, write=write)
+    views = [Predictions(logits[:, rows], logits[0, rows], labels[rows], "binary", name, 1) for name, rows in VIEWS]
+    evaluate(*views, Settings(epsilon=10.0, draws=0))
+    peak, seconds = memory.stop(), time.perf_counter() - start
+    size = "not measured" if peak is None else f"{(peak - logits.nbytes) / 2**30:.2f} GiB above the data"
+    return "1,000 members of smallcnn on 10,000 images, predicted (200 of them) and scored", f"{size}, {seconds:.0f} s"
+
+
+MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
+VIEWS = (("val", slice(0, 2000)), ("test", slice(2000, 10_000)))
+
+
+def _images(n: int, device: torch.device) -> Part:
+    split = PhantomCXR(train=n, val=50, test=50).load(None).splits["train"]
+    return Part(torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device))
+
+
+def _on(leaves: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {n: leaf.to(device) for n, leaf in leaves.items()}
+
+
+def _diagonal_set(network: Network, members: int, device: torch.device) -> DiagonalSet:
+    params, buffers = (_on(leaves, device) for leaves in network.init(0))
+    sd = torch.full((sum(p.numel() for p in params.values()),), 0.01, device=device)
+    return DiagonalSet(members, {}, buffers, mean=params, factors={"sd": sd})
+
+
+def render(rows: list[dict[str, Any]], figures: list[tuple[str, str]], devices: list[torch.device]) -> str:
+    """Return SPEED.md."""
+    lines = ["# What things cost", "", *(__doc__ or "").strip().splitlines()[2:], ""]
+    lines += [f"CPU: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}."]
+    gpu = [device_name(d) for d in devices if d.type == "cuda"]
+    lines += [f"GPU: {gpu[0] if gpu else 'not measured'}.", ""]
+    lines += ["| what | device | ratio | ours, s | baseline, s | spread |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
+        lines.append(f"| {row['name']} | {row['device']} | {cells} |")
+    docs = {
+        f.__name__: (f.__doc__ or "").split("\n\n")[0]
+        for f in (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
+    }
+    lines += ["", *(f"- `{name}`: {' '.join(text.split())}" for name, text in docs.items()), ""]
+    lines += ["| figure | measured |", "|---|---|", *(f"| {what} | {value} |" for what, value in figures), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
