@@ -161,7 +161,7 @@ def memory_of_1000_members() -> tuple[str, str]:
     predict(network, members, data.images, write=write)
     views = [Predictions(logits[:, rows], logits[0, rows], labels[rows], "binary", name, 1) for name, rows in VIEWS]
     evaluate(*views, Settings(epsilon=10.0, draws=0))
-    peak, seconds = memory.stop(), time.perf_counter() - start
+    peak, seconds = memory.peak(), time.perf_counter() - start
     size = "not measured" if peak is None else f"{(peak - logits.nbytes) / 2**30:.2f} GiB above the data"
     return "1,000 members of smallcnn on 10,000 images, predicted (200 of them) and scored", f"{size}, {seconds:.0f} s"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..datasets.api import Data, prepare
 from ..errors import Diverged, UserError
-from ..generators.api import Part, Problem, Trained
+from ..generators.api import Memory, Part, Problem, Trained
 from ..generators.modelset import ModelSet, StackedSet
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
@@ -109,10 +109,10 @@ class Run:
         found_params, found_buffers = pick("params/"), pick("buffers/")
         return Trained({n: found_params[n] for n in params}, {n: found_buffers[n] for n in buffers})
 
-    def problem(self, work: Path | None = None) -> Problem:
-        """Return what the generator may see; with `work`, checkpoints and timings go to that unfinished artifact."""
+    def problem(self, checkpoint: FileCheckpoint | None = None) -> Problem:
+        """Return what the generator may see; without a checkpoint, nothing of it survives this process."""
         base = self.base()
-        problem = Problem(
+        return Problem(
             network=self.network,
             base=base,
             module=lambda: self.network.module(base.params, base.buffers),
@@ -123,17 +123,12 @@ class Run:
             loss=mean_loss,
             prior_precision=self.spec.training.prior_precision,
             batch_size=self.spec.training.batch_size,
-            fit=self._fit(None),
+            fit=self._fit(checkpoint),
             members=self.spec.options.members,
             device=self.device,
+            checkpoint=checkpoint or Memory(),
             progress=progress,
         )
-        if work is not None:
-            problem.checkpoint = FileCheckpoint(work)
-            problem.clock = Stopwatch(work, self.device)
-            problem.fit = self._fit(problem.checkpoint)
-            problem.part = self._part(problem.clock)
-        return problem
 
     def model_set(self) -> ModelSet:
         """Return the generator's set, generated if it is not in the store."""
@@ -141,9 +136,9 @@ class Run:
 
         def compute(work: Path) -> dict[str, Any]:
             base_seconds = self.base_training_seconds()
-            problem = self.problem(work)
-            clock: Stopwatch = problem.clock  # type: ignore[assignment]
-            memory = PeakMemory(self.device)
+            clock, memory = Stopwatch(work, self.device), PeakMemory(self.device)
+            problem = self.problem(FileCheckpoint(work))
+            problem.clock, problem.part = clock, self._part(clock, memory)
             booked, start = sum(clock.seconds.values()), time.perf_counter()
             seed = derive_seed(
                 "generator", spec.names["generator"], spec.options.generator_seed, spec.options.base_seed
@@ -156,7 +151,7 @@ class Run:
                 with clock.marginal():
                     for _ in model_set.blocks(16):
                         pass
-            peak = memory.stop()
+            peak = memory.peak()
             model_set.save(work, self.network.describe())
             return {
                 "fixed_s": clock.seconds["fixed"],
@@ -249,7 +244,9 @@ class Run:
 
         return fit
 
-    def _part(self, clock: Stopwatch) -> Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]:
+    def _part(
+        self, clock: Stopwatch, memory: PeakMemory
+    ) -> Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]:
         def part(name: str, spec: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
             whole = {"base": self.keys["base"], "part": name, "spec": plain(spec)}
             key, file = digest(whole), f"{name}.safetensors"
@@ -260,12 +257,14 @@ class Run:
                 synchronise(self.device)
                 seconds = time.perf_counter() - start
                 save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, work / file)
-                return {"seconds": seconds}
+                return {"seconds": seconds, "peak_memory_bytes": memory.peak()}
 
             found = self.store.find("part", key) is not None
             folder = self.store.produce("part", key, whole, build)
             if found:  # computed for another generator: this one pays for it as if it had done it itself
-                clock.seconds["fixed"] += self.store.about("part", key)["seconds"]
+                about = self.store.about("part", key)
+                clock.seconds["fixed"] += about["seconds"]
+                memory.at_least = max(memory.at_least, about["peak_memory_bytes"] or 0)
             return load_file(folder / file, device=str(self.device))
 
         return part
@@ -308,6 +307,10 @@ class Run:
             attributes=dict(split.attributes),
         )
 
+    def _about_base(self) -> dict[str, float]:
+        about = self.store.about("base", self.keys["base"])
+        return {"train_loss": about["losses"][-1], "gradient_norm": about["gradient_norm"]}
+
     def _write(
         self,
         status: str,
@@ -336,7 +339,7 @@ class Run:
         }
         if model_set is not None and evaluation is not None and arrays is not None:
             record["scores"] = {key: plain_score(score) for key, score in evaluation.scores.items()}
-            record["set"] = set_section(model_set, evaluation)
+            record["set"] = set_section(model_set, evaluation) | {"base": self._about_base()}
             record["cost"] = cost_section(
                 self.store.about("set", self.keys["set"]), len(evaluation.accepted), model_set.size
             )
@@ -410,10 +413,14 @@ def data_section(data: Data) -> dict[str, Any]:
 
 
 class PeakMemory:
-    """The most memory used above what was held at the start: on the device, or resident on a CPU."""
+    """The most memory used above what was held at the start: on the device, or resident on a CPU.
+
+    at_least: what work that was done before, and is used again, took when it was done.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.at_least = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.held = torch.cuda.memory_allocated(device)
@@ -425,14 +432,14 @@ class PeakMemory:
             self.reset = False
         self.held = _status_bytes("VmRSS")
 
-    def stop(self) -> int | None:
-        """Return the bytes, or None where this system cannot tell."""
+    def peak(self) -> int | None:
+        """Return the bytes so far, or None where this system cannot tell."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.held
+            return max(self.at_least, torch.cuda.max_memory_allocated(self.device) - self.held)
         peak = _status_bytes("VmHWM")
         if not self.reset or not peak:
             return None
-        return max(0, peak - self.held)
+        return max(self.at_least, peak - self.held)
 
 
 def _status_bytes(name: str) -> int:

@@ -6,11 +6,14 @@ Modelled on scikit-learn's `check_estimator`. It raises AssertionError naming th
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,9 +94,10 @@ def _fresh(problem: Problem) -> Problem:
 
 def _without_side_effects(generator: Generator, problem: Problem, seed: int) -> ModelSet:
     before, settings = copy.deepcopy(problem.base), copy.deepcopy(vars(generator))
-    state, dtype, grad = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    state, dtype, grad = _random_state(), torch.get_default_dtype(), torch.is_grad_enabled()
     model_set = generator.generate(_fresh(problem), seed)
-    assert torch.equal(state, torch.get_rng_state()), "the global random state must not change"
+    for library, value in _random_state().items():
+        assert value == state[library], f"the global random state must not change ({library})"
     assert dtype == torch.get_default_dtype(), "the default dtype must not change"
     assert grad == torch.is_grad_enabled(), "the grad mode must not change"
     assert settings == vars(generator), "generate() must not change the hyper-parameters"
@@ -101,6 +105,16 @@ def _without_side_effects(generator: Generator, problem: Problem, seed: int) -> 
         for n, leaf in getattr(before, name).items():
             assert torch.equal(leaf, getattr(problem.base, name)[n]), f"the base must not change ({n})"
     return model_set
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of every global generator of random numbers, comparable by value."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (kind, np.asarray(keys).tolist(), rest),
+        "python": random.getstate(),
+    }
 
 
 def _well_formed(model_set: ModelSet, problem: Problem) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..identity import derive_seed
 from .api import Generator, Problem, register_generator
 from .modelset import ModelSet, OutputSet, StackedSet, member_noise
@@ -95,10 +95,15 @@ class LogitNoise(_Output):
 
 
 def _size_at(rise: Callable[[float], float], target: float) -> float:
-    """Return the size at which `rise` reaches `target`, by doubling and bisection (60 evaluations at most)."""
+    """Return the size at which `rise` reaches `target`, by doubling and bisection (60 evaluations at most).
+
+    Raises Diverged when no size does: a base without errors on tune whose members are all sharpened.
+    """
     low, high = 0.0, 1e-3
-    while rise(high) < target and high < 1e3:
+    while not (reached := rise(high) >= target) and high < 1e3:
         low, high = high, 2 * high
+    if not reached:
+        raise Diverged(f"no change of the outputs raises the mean loss on tune by {target:g} nats: draw more members")
     for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if rise(middle) < target else (low, middle)

@@ -34,6 +34,7 @@ NORMS = (
     nn.LocalResponseNorm,
     nn.modules.instancenorm._NormBase,
 )
+KFAC_LAYERS = (nn.Linear, nn.Conv2d)
 LOW, HIGH = -2.0, 9.0
 """log10 of the smallest and the largest prior precision that is tried."""
 
@@ -74,6 +75,9 @@ class Laplace(Generator):
         names = leaf_names(problem.module(), self.structure, self.subset)
         if not names:
             return f"the network has no layer that structure={self.structure}, subset={self.subset} covers"
+        foreign = foreign_leaves(problem.module(), names) if self.structure == "kron" else []
+        if foreign:
+            return f"KFAC covers linear and 2D convolution layers, not {foreign[0]}: use structure=diag"
         entries = problem.classes * sum(problem.base.params[n].numel() for n in names)
         if self.structure == "diag" and entries > JACOBIAN_LIMIT:
             return (
@@ -149,6 +153,17 @@ def leaf_names(module: nn.Module, structure: str, subset: str) -> list[str]:
     return [n for n, _ in module.named_parameters() if n not in fixed]
 
 
+def foreign_leaves(module: nn.Module, names: list[str]) -> list[str]:
+    """Return those of `names` that belong to layers for which laplace-torch has no Kronecker factors."""
+    covered = {
+        f"{name}.{leaf}"
+        for name, layer in module.named_modules()
+        if isinstance(layer, KFAC_LAYERS)
+        for leaf, _ in layer.named_parameters(recurse=False)
+    }
+    return [n for n in names if n not in covered]
+
+
 def fit_curvature(problem: Problem, structure: str, names: list[str]) -> dict[str, Tensor]:
     """Fit laplace-torch's GGN on train and return it with the prior precision that marginal likelihood picks.
 
@@ -163,7 +178,7 @@ def fit_curvature(problem: Problem, structure: str, names: list[str]) -> dict[st
         module = problem.module()
         for name, leaf in module.named_parameters():
             leaf.requires_grad_(name in names)
-        batch = 50 if structure == "diag" else 128
+        batch = 25 if structure == "diag" else 128  # the exact diagonal holds a batch's Jacobians: 1 GB here
         loader = DataLoader(TensorDataset(problem.train.images, problem.train.labels), batch_size=batch)
         with torch.random.fork_rng(devices=[]):
             fitted: Any = LaplaceTorch(module, "classification", subset_of_weights="all", hessian_structure=structure)

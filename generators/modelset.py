@@ -127,6 +127,7 @@ class ModelSet:
             batchnorm=self.batchnorm,
             notes=self.notes,
             diagnostics=self.diagnostics,
+            network=self.network,
         )
 
     def save(self, folder: Path, network: Mapping[str, Any] | None = None) -> None:
@@ -170,13 +171,10 @@ class ModelSet:
                 for key in f.keys():  # noqa: SIM118  (no mapping)
                     group, name = key.split("/", 1)
                     groups[group][name] = f.get_tensor(key)
-            kind = ModelSet.kinds[about.pop("kind")]
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            kind, settings = ModelSet.kinds[about.pop("kind")], about.pop("settings")
+            return kind.restore(groups.pop("state"), settings, **about, **groups)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is no model set ({error}): run its cell again") from error
-        network, settings, state = about.pop("network"), about.pop("settings"), groups.pop("state")
-        loaded = kind.restore(state, settings, **about, **groups)
-        loaded.network = network
-        return loaded
 
     network: Mapping[str, Any] | None = None
 
@@ -224,7 +222,7 @@ def member_noise(seed: int, member: int, size: int, device: torch.device, stream
     It is drawn on the CPU, so that a set has the same members on every device.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "member", member, stream))
-    return torch.randn(size, generator=generator).to(device)
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 @dataclass

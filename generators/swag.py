@@ -6,6 +6,7 @@ their last K deviations from the running mean. Covariance: scale (diag + D D' / 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -71,10 +72,13 @@ class SWAG(Generator):
 
     def _collect(self, problem: Problem, seed: int) -> Moments:
         moments = Moments(self.rank)
-        steps = max(1, -(-len(problem.train) // problem.batch_size) // self.per_epoch)
+        batches, last = divmod(len(problem.train), problem.batch_size)
+        # The recipe leaves out a last batch of one image, so updates are counted here.
+        steps = max(1, (batches + (last > 1 or batches == 0)) // self.per_epoch)
+        updates = itertools.count(1)
 
         def on_step(step: int, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-            if (step + 1) % steps == 0:
+            if next(updates) % steps == 0:
                 moments.add(torch.cat([p.detach().reshape(-1) for p in params.values()]))
 
         problem.fit(

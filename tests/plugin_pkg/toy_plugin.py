@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-
 from multiplicity_bench.datasets.api import Data, Split
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.generators.api import Generator, Problem
