@@ -161,7 +161,7 @@ def _settings(node: ast.stmt, tree: ast.Module) -> tuple[str, ...]:
     if not isinstance(node, ast.ClassDef):
         return ()
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-    found = []
+    found: list[str] = []
     for other in tree.body:
         if isinstance(other, ast.ClassDef) and other.name in bases:
             found += _settings(other, tree)

@@ -175,11 +175,15 @@ def fit_curvature(problem: Problem, structure: str, names: list[str]) -> dict[st
         from laplace import Laplace as LaplaceTorch
         from torch.utils.data import DataLoader, TensorDataset
 
+        class Watched(DataLoader):
+            def __iter__(self) -> Any:
+                return iter(problem.progress(super().__iter__(), "fitting the curvature", len(self)))
+
         module = problem.module()
         for name, leaf in module.named_parameters():
             leaf.requires_grad_(name in names)
         batch = 25 if structure == "diag" else 128  # the exact diagonal holds a batch's Jacobians: 1 GB here
-        loader = DataLoader(TensorDataset(problem.train.images, problem.train.labels), batch_size=batch)
+        loader = Watched(TensorDataset(problem.train.images, problem.train.labels), batch_size=batch)
         with torch.random.fork_rng(devices=[]):
             fitted: Any = LaplaceTorch(module, "classification", subset_of_weights="all", hessian_structure=structure)
             fitted.fit(loader)

@@ -37,9 +37,7 @@ def untrained(toy) -> Callable[..., Problem]:
     The curvature is that of any weights; BatchNorm statistics are made unequal to their initial 0 and 1.
     """
 
-    def make(
-        network: str, size: int = 3, classes: int = 3, n: int = 12, members: int = 4, **settings: Any
-    ) -> Problem:
+    def make(network: str, size: int = 3, classes: int = 3, n: int = 12, members: int = 4, **settings: Any) -> Problem:
         function = Network({"name": network, **settings}, 1, size, classes)
         generator = torch.Generator().manual_seed(5)
         images = torch.randint(0, 256, (2 * n, 1, size, size), generator=generator, dtype=torch.uint8)
