@@ -65,7 +65,7 @@ def guarded(command: Any, *arguments: Any) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {_hydra_message(error)}", file=sys.stderr)
     except BrokenPipeError:  # whoever read our output has seen enough
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except OSError as error:
         from .store import explain_os_error
@@ -80,11 +80,11 @@ def guarded(command: Any, *arguments: Any) -> int:
 def _hydra() -> int:
     import hydra
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from .spec import register_config
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    _check_flags(sys.argv[1:])
+    _check_names(sys.argv[1:])  # before torch is imported: a mistyped name is told at once
+    from .spec import register_config
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     register_config()
     codes: list[int] = []
 
@@ -92,8 +92,6 @@ def _hydra() -> int:
     def job(config: Any) -> None:
         codes.append(guarded(run, config))  # raised further, Hydra would add lines of its own
 
-    _check_flags(sys.argv[1:])
-    _check_names(sys.argv[1:])
     job()
     return max(codes, default=0)
 
@@ -178,18 +176,15 @@ def _check_flags(argv: Sequence[str]) -> None:
 
 def _check_names(argv: Sequence[str]) -> None:
     """Refuse an unknown dataset, network or generator with the closest names, before Hydra lists its own."""
-    from ..datasets.api import DATASETS
-    from ..generators.api import GENERATORS
-    from .networks import NETWORKS
+    from ..registries import BY_KIND
 
     for argument in argv:
         group, _, names = argument.lstrip("+~").partition("=")
-        if argument.startswith("~") or (group in ("dataset", "network") and names == "null"):
-            raise UserError(f"{argument}: a run cannot do without '{group}': leave it out for the default")
-        registry = {"dataset": DATASETS, "network": NETWORKS, "generator": GENERATORS}.get(group)
-        for name in names.split(",") if registry else []:
-            if name and name != "null" and not name.startswith("glob("):
-                registry.get(name)  # type: ignore[union-attr]
+        if argument.startswith("~") or (group in ("dataset", "network", "generator") and names == "null"):
+            raise UserError(f"{argument}: no part can be taken away: leave it out for the default")
+        for name in names.split(",") if group in ("dataset", "network", "generator") else []:
+            if name and not name.startswith("glob("):
+                BY_KIND[group].get(name)
 
 
 def _hydra_message(error: Exception) -> str:

@@ -32,7 +32,14 @@ def commit() -> tuple[str, bool]:
     try:
         here = ["git", "-C", str(PACKAGE)]
         head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        watched = [*FOLDERS, ":(glob)*.py", "constraints.txt", ":!leaderboard/records", ":!leaderboard/predictions", ":!*.md"]
+        watched = [
+            *FOLDERS,
+            ":(glob)*.py",
+            "constraints.txt",
+            ":!leaderboard/records",
+            ":!leaderboard/predictions",
+            ":!*.md",
+        ]
         state = subprocess.run(
             [*here, "status", "--porcelain", "--", *watched, ":!leaderboard/*.csv"],
             capture_output=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,10 +127,15 @@ def register_config() -> None:
     store.store(name="options", node=Options)
     for group, registry in (("dataset", DATASETS), ("network", NETWORKS), ("generator", GENERATORS)):
         for name, component in registry.load_all():
-            node = dataclasses.make_dataclass(
-                component.__name__, [("name", str, field(default=name))], bases=(component,)
-            )
-            node.__module__ = component.__module__
+            named = [("name", str, field(default=name))]
+            try:
+                node = dataclasses.make_dataclass(component.__name__, named, bases=(component,))
+                node.__module__ = component.__module__
+                OmegaConf.structured(node)
+            except Exception as error:  # a plug-in's field may be anything; the rest of the suite must go on
+                reason = " ".join(str(error).split())
+                warnings.warn(f"{group} '{name}' cannot be configured: {reason}", stacklevel=2)
+                continue
             store.store(group=group, name=name, node=node)
 
 
@@ -191,6 +197,8 @@ def _check(o: Options) -> None:
         value = getattr(o, name)
         if value is not None and value < low:
             raise UserError(f"{name}={value} must be at least {low}")
+        if value is not None and value >= 2**63:
+            raise UserError(f"{name}={value} must be less than 2^63")
     for value in (o.epsilon, *o.epsilons):
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"epsilon={value:g} must be a finite number of at least 0 (nats on val)")

@@ -23,7 +23,7 @@ from ..datasets.phantom_cxr import PhantomCXR
 from ..generators.api import Part
 from ..generators.modelset import DiagonalSet
 from ..metrics.api import Predictions, Settings
-from ..metrics.decisions import disagreement
+from ..metrics.decisions import disagreement, votes
 from ..metrics.evaluation import evaluate
 from .networks import Network
 from .predict import predict
@@ -129,7 +129,7 @@ def disagreement_1000x10000(device: torch.device) -> dict[str, Any]:
     def loop() -> None:
         sum(float((decisions[a] != decisions[b]).mean()) for a, b in pairs)
 
-    row = compare("disagreement_1000x10000", device, lambda: disagreement(decisions, 2), loop)
+    row = compare("disagreement_1000x10000", device, lambda: disagreement(votes(decisions, 2)), loop)
     scale = 499_500 / len(pairs)
     return row | {"baseline_s": row["baseline_s"] * scale, "ratio": row["ratio"] * scale}
 
@@ -159,8 +159,8 @@ def memory_of_1000_members() -> tuple[str, str]:
 
     start = time.perf_counter()
     predict(network, members, data.images, write=write)
-    views = [Predictions(logits[:, rows], logits[0, rows], labels[rows], "binary", name, 1) for name, rows in VIEWS]
-    evaluate(*views, Settings(epsilon=10.0, draws=0))
+    val, test = (Predictions(logits[:, rows], logits[0, rows], labels[rows], "binary", name, 1) for name, rows in VIEWS)
+    evaluate(val, test, Settings(epsilon=10.0, draws=0))
     peak, seconds = memory.peak(), time.perf_counter() - start
     size = "not measured" if peak is None else f"{(peak - logits.nbytes) / 2**30:.2f} GiB above the data"
     return "1,000 members of smallcnn on 10,000 images, predicted (200 of them) and scored", f"{size}, {seconds:.0f} s"

@@ -44,10 +44,9 @@ VIEWS = ("val", "test")
 
 @dataclass
 class Session:
-    """What the runs of one process share: loaded datasets, and the epoch times (s) of the base trainings done here."""
+    """What the runs of one process share: the dataset loaded last."""
 
     datasets: dict[str, Data] = field(default_factory=dict)
-    epoch_s: dict[str, list[float]] = field(default_factory=dict)
 
     def data(self, spec: Spec) -> Data:
         """Return the prepared dataset of a run, loading each only once; resampled where the run asks for it."""
@@ -93,7 +92,6 @@ class Run:
         def compute(work: Path) -> dict[str, Any]:
             checkpoint = FileCheckpoint(work)
             trained = self._fit(checkpoint)(derive_seed("base", spec.options.base_seed), name="training the base")
-            self.session.epoch_s[key] = trained.epoch_s
             leaves = {f"params/{n}": p for n, p in trained.params.items()}
             leaves |= {f"buffers/{n}": b for n, b in trained.buffers.items()}
             save_file({n: t.cpu().contiguous() for n, t in leaves.items()}, work / WEIGHTS)
@@ -135,7 +133,8 @@ class Run:
         spec, key = self.spec, self.keys["set"]
 
         def compute(work: Path) -> dict[str, Any]:
-            base_seconds = self.base_training_seconds()
+            self.base()
+            before = self.time_base_training()
             clock, memory = Stopwatch(work, self.device), PeakMemory(self.device)
             problem = self.problem(FileCheckpoint(work))
             problem.clock, problem.part = clock, self._part(clock, memory)
@@ -157,7 +156,7 @@ class Run:
                 "fixed_s": clock.seconds["fixed"],
                 "marginal_s": clock.seconds["marginal"] / model_set.size,
                 "attempts": clock.attempts,
-                "base_training_s": base_seconds,
+                "base_training_s": 0.5 * (before + self.time_base_training()),
                 "peak_memory_bytes": peak,
                 "bytes_per_member": model_set.bytes_per_member(),
                 "threads": torch.get_num_threads(),
@@ -214,18 +213,16 @@ class Run:
             raise
         return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, suite=suite)
 
-    def base_training_seconds(self) -> float:
-        """Return the seconds one base training takes in this process: the median epoch times the number of epochs.
+    def time_base_training(self) -> float:
+        """Return the seconds that one base training (without polishing) would take in this process, now.
 
-        The median, because a first epoch warms up and shared machines stall. Where the base was trained by an earlier
-        process, four epochs are timed here.
+        The median of three passes over eight batches, scaled to the recipe's number of steps: short enough to be taken
+        right before and right after a set is generated, for the speed of a shared machine changes.
         """
-        key, recipe = self.keys["base"], self.spec.training
-        self.base()
-        if len(self.session.epoch_s.get(key, [])) < 2:
-            timed = train(self.network, self.part("train"), replace(recipe, epochs=4, polish=0), derive_seed("timing"))
-            self.session.epoch_s[key] = timed.epoch_s
-        return float(np.median(self.session.epoch_s[key])) * recipe.epochs
+        recipe, data = self.spec.training, self.part("train")
+        few = Part(data.images[: 8 * recipe.batch_size], data.labels[: 8 * recipe.batch_size])
+        timed = train(self.network, few, replace(recipe, epochs=4, polish=0), derive_seed("timing")).epoch_s[1:]
+        return float(np.median(timed)) * recipe.epochs * len(data) / len(few)
 
     def _fit(self, checkpoint: Any) -> Any:
         split = self.data.splits["train"]

@@ -120,7 +120,7 @@ def train(
         ).to(device)
         total = torch.zeros((), device=device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
-            if len(rows) < 2 and len(data) > 1:  # BatchNorm cannot normalise a batch of one
+            if len(rows) < 2 <= min(recipe.batch_size, len(data)):  # BatchNorm cannot normalise a batch of one
                 continue
             step = epoch * batches + i
             rate = (

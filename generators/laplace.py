@@ -2,7 +2,7 @@
 
 `G = sum_i J_i' H_i J_i`, H = diag(p) - p p'. Fitted by laplace-torch (Daxberger et al., NeurIPS 2021): the exact
 diagonal, or Kronecker factors (KFAC; Ritter, Botev, Barber, ICLR 2018) damped in the eigenbasis:
-`W = W* + U_B (l_B l_A' N + a)^(-1/2) . E U_A'`. The prior precision a decides everything: see `prior_precision`.
+`W = W* + U_B ((U_B' E U_A) . (l_B l_A' N + a)^(-1/2)) U_A'`. The prior precision a decides everything.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class ModelSet:
     kinds: ClassVar[dict[str, type[ModelSet]]] = {}
 
     def __init_subclass__(cls) -> None:
-        ModelSet.kinds[cls.kind] = cls
+        if "kind" in vars(cls):
+            ModelSet.kinds[cls.kind] = cls
 
     def leaves(self, member: int) -> Leaves:
         """Return the parameters of `member` that vary within the set."""
@@ -300,26 +301,29 @@ class LowRankSet(GaussianSet):
 
 @dataclass
 class KroneckerSet(GaussianSet):
-    """KFAC's Gaussian, damped in the eigenbasis: `W = W* + U_B (l_B l_A' N + a)^(-1/2) . E U_A'` for every leaf.
+    """KFAC's Gaussian, damped in the eigenbasis: `W = W* + U_B ((U_B' E U_A) . (l_B l_A' + a)^(-1/2)) U_A'`.
+
+    The symmetric root of the covariance: unlike noise drawn in the eigenbasis, it does not depend on the signs and
+    rotations of eigenvectors, which differ from one linear-algebra library to the next.
 
     factors: for leaf i `values.i.j` and `vectors.i.j` with j = 0 (rows) and, for matrices, j = 1 (columns: the inputs);
-    scale: the prior precision a. The eigenvalues hold the factor N already.
+    scale: the prior precision a. The product of the eigenvalues holds the sum over samples.
     """
 
     kind: ClassVar[str] = "kronecker"
 
     def perturbation(self, member: int) -> Tensor:
-        """Return the deviation leaf by leaf, from the noise in the eigenbasis."""
+        """Return the deviation leaf by leaf."""
         parts = []
         for i, leaf in enumerate(self.mean.values()):
-            rows, vectors = self.factors[f"values.{i}.0"], self.factors[f"vectors.{i}.0"]
-            columns = self.factors.get(f"values.{i}.1")
+            rows, u = self.factors[f"values.{i}.0"], self.factors[f"vectors.{i}.0"]
             noise = self.noise(member, leaf.numel(), str(i))
-            if columns is None:
-                parts.append(vectors @ (noise / (rows + self.scale).sqrt()))
+            if f"values.{i}.1" not in self.factors:
+                parts.append(u @ ((u.T @ noise) / (rows + self.scale).sqrt()))
                 continue
-            white = noise.view(len(rows), len(columns)) / (torch.outer(rows, columns) + self.scale).sqrt()
-            parts.append((vectors @ white @ self.factors[f"vectors.{i}.1"].T).reshape(-1))
+            columns, v = self.factors[f"values.{i}.1"], self.factors[f"vectors.{i}.1"]
+            white = (u.T @ noise.view(len(rows), len(columns)) @ v) / (torch.outer(rows, columns) + self.scale).sqrt()
+            parts.append((u @ white @ v.T).reshape(-1))
         return torch.cat(parts)
 
 

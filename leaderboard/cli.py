@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_build(args: argparse.Namespace) -> int:
+    """Write a board, or print it: `leaderboard build`."""
     from .cells import settle
     from .render import render, render_csv
     from .suite import board_suites, load_suite, suite_names
@@ -102,6 +103,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Check the committed board: `leaderboard check`."""
     from .check import check
 
     print(check())
@@ -109,6 +111,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    """Score a record's predictions again and compare: `leaderboard verify RECORD`."""
     from .check import verify
 
     path = record_path(args.record)

@@ -17,8 +17,20 @@ def keys(spec) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "change",
-    ["epsilon=0.02", "k=3", "epsilons=[0.1]", "loss=brier", "draws=7", "seed=5", "threads=2", "artifacts_dir=/elsewhere"]
-    + ["records_dir=/elsewhere", "dry_run=true", "training.prior_precision=1.0", "training.prior_precision=1"],
+    [
+        "epsilon=0.02",
+        "k=3",
+        "epsilons=[0.1]",
+        "loss=brier",
+        "draws=7",
+        "seed=5",
+        "threads=2",
+        "artifacts_dir=/elsewhere",
+        "records_dir=/elsewhere",
+        "dry_run=true",
+        "training.prior_precision=1.0",
+        "training.prior_precision=1",
+    ],
 )
 def test_scoring_paths_and_threads_are_no_part_of_an_identity(make_spec, tmp_path, change):
     assert keys(make_spec(tmp_path, change)) == keys(make_spec(tmp_path))

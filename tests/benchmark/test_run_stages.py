@@ -110,7 +110,9 @@ def test_a_failing_base_training_is_a_failed_record_with_its_reason(make_spec, t
     run = run_to_end(make_spec(tmp_path, *diverging))
     assert run.record["status"] == "failed" and "is not finite" in run.record["reason"]
     assert run.record["scores"] == {} and records.read(run.path) == run.record
-    assert Store(tmp_path / "artifacts").find("base", Run(make_spec(tmp_path, *diverging), Session()).keys["base"]) is None
+    assert (
+        Store(tmp_path / "artifacts").find("base", Run(make_spec(tmp_path, *diverging), Session()).keys["base"]) is None
+    )
 
 
 def test_a_generator_that_cannot_run_is_a_skipped_record_with_its_reason(make_spec, tmp_path, run_to_end):
@@ -183,8 +185,10 @@ def test_a_run_that_failed_at_a_boundary_gives_an_equal_record_when_run_again(
             run_to_end(make_spec(tmp_path))
     left = list((tmp_path / "records").glob("*"))
     assert all(records.read(path)["status"] == "failed" for path in left)
-    assert not [p for p in tmp_path.rglob("*.tmp")]
-    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "artifacts").glob("*/*/manifest.json") if p.parent.name[0] != "."}
+    assert not list(tmp_path.rglob("*.tmp"))
+    done = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "artifacts").glob("*/*/manifest.json") if p.parent.name[0] != "."
+    }
     again = run_to_end(make_spec(tmp_path))
     assert_equal_records(again.record, retrained.record)
     assert again.record["predictions"]["digest"] == retrained.record["predictions"]["digest"]

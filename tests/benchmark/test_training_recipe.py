@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,10 @@ def test_training_equals_a_plain_pytorch_loop(spec, optimizer, lr):
 def test_the_prior_pulls_weights_to_zero_as_an_l2_term_of_the_loss():
     data, network = problem(), Network(MLP, 1, 8, 3)
     norms = [
-        sum(float(p.square().sum()) for p in train(network, data, Training(epochs=4, prior_precision=a), 0).params.values())
+        sum(
+            float(p.square().sum())
+            for p in train(network, data, Training(epochs=4, prior_precision=a), 0).params.values()
+        )
         for a in (0.0, 100.0)
     ]
     assert norms[1] < norms[0]
@@ -163,7 +167,7 @@ def test_a_constant_rate_is_not_decayed():
         constant_lr=True,
         on_step=lambda step, params, buffers: weights.append(torch.cat([p.detach().ravel() for p in params.values()])),
     )
-    steps = [float((b - a).norm()) for a, b in zip(weights, weights[1:])]
+    steps = [float((b - a).norm()) for a, b in itertools.pairwise(weights)]
     assert steps[1] == pytest.approx(steps[0], rel=0.05)  # the gradient hardly moves over 1e-3; a cosine would halve it
 
 
@@ -175,8 +179,15 @@ def test_a_diverging_training_says_so():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "adam"}, {"lr": 0}, {"epochs": 0}, {"batch_size": -1}, {"momentum": 1.0}, {"prior_precision": -1}]
-    + [{"polish": -1}],
+    [
+        {"optimizer": "adam"},
+        {"lr": 0},
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"momentum": 1.0},
+        {"prior_precision": -1},
+        {"polish": -1},
+    ],
     ids=lambda s: next(iter(s)),
 )
 def test_settings_out_of_range_are_refused_by_name(settings):

@@ -127,7 +127,7 @@ def test_kfacs_bias_block_is_exact_for_any_data(untrained, dense_ggn):
 
 
 def test_kron_draws_have_the_dense_inverse_as_covariance(untrained, draws, worst_moments, dense_ggn):
-    """Draws of W* + U_B (l_B l_A + a)^(-1/2) E U_A' against (H x xx' + a)^-1, inverted densely in float64."""
+    """Draws damped by (l_B l_A + a)^(-1/2) in the eigenbasis against (H x xx' + a)^-1, inverted densely in float64."""
     problem = untrained("logistic", members=20_000)
     problem = replace(problem, train=Part(problem.train.images[:1], problem.train.labels[:1]))
     drawn = Laplace(structure="kron", prior_precision="0.3").generate(problem, 0)
