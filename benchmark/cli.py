@@ -150,7 +150,8 @@ def run_suite(name: str, overrides: Sequence[str]) -> int:
         code = max(code, int(record["status"] == "failed"))
     if kept:
         print(render_terminal(kept, effective_suite(suite, rows, specs)))
-        print(f"{len(kept)} records in {specs[0].options.records_dir}")
+        folder = specs[0].options.records_dir
+        print(f"{len(kept)} records in {folder}; all tables: leaderboard build --records {folder} --suite {name}")
     return code
 
 

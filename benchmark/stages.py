@@ -72,14 +72,18 @@ class Run:
         self.keys = spec.keys(self.data)
         self.store = Store(Path(spec.options.artifacts_dir), log)
         self.device = spec.device
+        self._parts: dict[str, Part] = {}
         first = self.data.splits["train"]
         outputs = len(self.data.classes)
         self.network = Network(spec.part("network"), first.images.shape[1], first.images.shape[2], outputs)
 
     def part(self, name: str) -> Part:
-        """Return images and labels of one split on the device."""
-        split = self.data.splits[name]
-        return Part(torch.from_numpy(split.images).to(self.device), torch.from_numpy(split.labels).to(self.device))
+        """Return images and labels of one split on the device, where they stay."""
+        if name not in self._parts:
+            split = self.data.splits[name]
+            images, labels = (torch.from_numpy(a).to(self.device) for a in (split.images, split.labels))
+            self._parts[name] = Part(images, labels)
+        return self._parts[name]
 
     def plan(self) -> list[tuple[str, str, bool]]:
         """Return (stage, key, already there) for every stage."""

@@ -151,6 +151,7 @@ def test_the_faster_strategy_is_chosen(monkeypatch):
 
         def timed(network, block, images, strategy="loop", batch=256, cost=cost):
             clock[0] += cost[strategy]
+            return torch.zeros(1)
 
         monkeypatch.setattr(predict_module, "predict_block", timed)
         assert choose_strategy(network, model_set, images()) == fast
