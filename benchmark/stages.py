@@ -150,6 +150,7 @@ class Run:
             synchronise(self.device)
             # What a generator did not book itself belongs to the set as a whole.
             clock.seconds["fixed"] += max(0.0, time.perf_counter() - start - sum(clock.seconds.values()) + booked)
+            clock.seconds["fixed"] += clock.elsewhere
             if not isinstance(model_set, StackedSet):
                 with clock.marginal():
                     for _ in model_set.blocks(16):
@@ -264,7 +265,7 @@ class Run:
             folder = self.store.produce("part", key, whole, build)
             if found:  # computed for another generator: this one pays for it as if it had done it itself
                 about = self.store.about("part", key)
-                clock.seconds["fixed"] += about["seconds"]
+                clock.elsewhere += about["seconds"]
                 memory.at_least = max(memory.at_least, about["peak_memory_bytes"] or 0)
             return load_file(folder / file, device=str(self.device))
 

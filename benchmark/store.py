@@ -122,7 +122,6 @@ class FileCheckpoint:
 
     def __init__(self, work: Path):
         self.folder = work / CHECKPOINTS
-        self.resumed = any(self.folder.iterdir())
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return what was saved under `name`, or None."""
@@ -144,11 +143,15 @@ class FileCheckpoint:
 
 
 class Stopwatch:
-    """Books wall time as fixed or marginal; what earlier attempts booked is carried on in the unfinished artifact."""
+    """Books wall time as fixed or marginal; what earlier attempts booked is carried on in the unfinished artifact.
+
+    elsewhere: seconds of work that was found done and counts as fixed; an attempt that is resumed finds it again.
+    """
 
     def __init__(self, work: Path, device: torch.device):
         self.file, self.device = work / CHECKPOINTS / "clock.json", device
         self.seconds = {"fixed": 0.0, "marginal": 0.0}
+        self.elsewhere = 0.0
         self.attempts = 1
         if self.file.is_file():
             with contextlib.suppress(ValueError, KeyError):
