@@ -154,7 +154,7 @@ def test_a_suite_file_runs_every_cell_prints_its_table_and_keeps_predictions(run
     assert answer.code == 0
     table = "\n".join(answer.out)
     assert "identical" in table and "retrain[resample=bootstrap]" in table and "Two rows" in table
-    assert answer.out[-1] == f"2 records in {tmp_path}/records"
+    assert answer.out[-1].startswith(f"2 records in {tmp_path}/records; all tables: leaderboard build ")
     written = sorted((tmp_path / "records").iterdir())
     assert len(written) == 2
     assert len(list((tmp_path / "predictions" / "own").iterdir())) == 2
