@@ -126,11 +126,11 @@ def run_one(config: Any) -> int:
 
 def run_suite(name: str, overrides: Sequence[str]) -> int:
     """Carry out every cell of a suite (with the user's own overrides on top) and print its table."""
-    from ..leaderboard.suite import load_suite
+    from ..leaderboard.suite import load_suite, suite_of
     from ..leaderboard.terminal import render_terminal, summary_line
     from .progress import log
     from .stages import Run, Session
-    from .suites import chosen_rows, compose_cell, effective_suite
+    from .suites import chosen_rows, compose_cell
 
     suite = load_suite(name)
     overrides, rows = chosen_rows(suite, overrides)
@@ -149,7 +149,7 @@ def run_suite(name: str, overrides: Sequence[str]) -> int:
         kept.append(record)
         code = max(code, int(record["status"] == "failed"))
     if kept:
-        print(render_terminal(kept, effective_suite(suite, rows, specs)))
+        print(render_terminal(kept, suite_of(kept, suite.name, suite.title)))  # with the user's overrides
         folder = specs[0].options.records_dir
         print(f"{len(kept)} records in {folder}; all tables: leaderboard build --records {folder} --suite {name}")
     return code

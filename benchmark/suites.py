@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from hydra import compose
 
 from ..errors import UserError, suggest
-from ..leaderboard.suite import Component, Row, Suite
+from ..leaderboard.suite import Row, Suite
 from .spec import Spec, build_spec
 
 SCORING = ("epsilon", "k", "loss", "draws", "seed")
@@ -60,40 +59,6 @@ def compose_cell(suite: Suite, row: Row, base_seed: int, overrides: Sequence[str
     replaced = {o.partition("=")[0] for o in overrides}
     kept = [o for o in declared if o.partition("=")[0] not in replaced and o.partition(".")[0] not in replaced]
     return build_spec(compose("config", overrides=[*kept, *overrides]))
-
-
-def effective_suite(suite: Suite, rows: Sequence[Row], specs: Sequence[Spec]) -> Suite:
-    """Return the suite as it was run, with the user's overrides: what the printed table is about."""
-    first = specs[0]
-    seeds = tuple(dict.fromkeys(s.options.base_seed for s in specs))
-    run_rows = {}
-    for spec in specs:
-        run_rows[spec.row] = Row(spec.names["generator"], _non_defaults(spec), spec.options.members)
-    o = first.options
-    return replace(
-        suite,
-        dataset=Component(first.names["dataset"], {}),
-        network=Component(first.names["network"], {}),
-        training={},
-        base_seeds=seeds,
-        rows=tuple(run_rows.values()),
-        members=o.members,
-        generator_seed=o.generator_seed,
-        epsilon=o.epsilon,
-        epsilons=tuple(o.epsilons),
-        k=o.k,
-        loss=o.loss,
-        draws=o.draws,
-        seed=o.seed,
-        device=first.device.type,
-        threads=None,
-    )
-
-
-def _non_defaults(spec: Spec) -> dict[str, Any]:
-    defaults = type(spec.generator)()
-    names = (f for f in spec.generator.__dataclass_fields__)  # type: ignore[attr-defined]
-    return {n: getattr(spec.generator, n) for n in names if getattr(spec.generator, n) != getattr(defaults, n)}
 
 
 def _settings(group: str, settings: Mapping[str, Any]) -> list[str]:

@@ -72,18 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Write a board, or print it: `leaderboard build`."""
-    from .cells import settle
     from .render import render, render_csv
-    from .suite import board_suites, load_suite, suite_names
+    from .suite import board_suites, load_suite
 
     records = _records(args.records)
     if args.suite:
         suites = [load_suite(args.suite)]
     elif args.records:
-        known = [load_suite(name) for name in suite_names()]
-        suites = [suite for suite in known if settle(suite, records).records]
-        if not suites:
-            raise UserError(f"{args.records}: its records belong to none of {', '.join(suite_names())}: give --suite")
+        suites = _suites_of(records)
     else:
         suites = board_suites()
     if args.out:
@@ -137,6 +133,27 @@ def record_path(name_or_path: str) -> Path:
     raise UserError(
         f"no record '{name_or_path}': " + (suggest(path.stem, known) if len(known) < 20 else "name its file")
     )
+
+
+def _suites_of(records: list) -> list:
+    """Return the suites of the package that `records` fill, and one for each set-up that other records share."""
+    from ..identity import digest
+    from .cells import settle
+    from .suite import load_suite, suite_names, suite_of
+
+    suites, planned = [], set()
+    for suite in map(load_suite, suite_names()):
+        if found := {r["name"] for r in settle(suite, records).records}:
+            suites.append(suite)
+            planned |= found
+    others: dict[tuple[str, ...], list] = {}
+    for record in sorted(records, key=lambda r: (r["row"], r["name"])):
+        if record["name"] not in planned:
+            identity = record["identity"]
+            shared = {part: identity[part] for part in ("dataset", "network", "training", "numerics")}
+            names = identity["dataset"]["name"], identity["network"]["name"]
+            others.setdefault((*names, digest(shared | {"protocol": record["protocol"]})), []).append(record)
+    return suites + [suite_of(some, "-".join(k[:2]), ", ".join(k[:2])) for k, some in sorted(others.items())]
 
 
 def _records(folder: Path | None) -> list:

@@ -34,7 +34,7 @@ default would name a row that no record has. Names of settings are checked by wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -157,6 +157,38 @@ def load_suite(name_or_path: str | Path) -> Suite:
         if text not in suite_names():
             raise UserError(f"unknown suite '{text}': {suggest(text, suite_names())}")
     return _check(path, _read(path))
+
+
+def suite_of(records: Sequence[Mapping[str, Any]], name: str, title: str, description: str = "") -> Suite:
+    """Return the suite that records of one dataset and one network amount to, as the first of them declares it.
+
+    Rows stand in the order in which the records come. For runs that no suite file planned.
+    """
+    identity, protocol = records[0]["identity"], records[0]["protocol"]
+    rows: dict[str, Row] = {}
+    for record in records:
+        own = record["identity"]
+        rows.setdefault(record["row"], Row(own["generator"]["name"], _settings_of(record["row"]), own["members"]))
+    return Suite(
+        name=name,
+        title=title,
+        description=description,
+        dataset=Component(identity["dataset"]["name"]),
+        network=Component(identity["network"]["name"]),
+        base_seeds=tuple(sorted({r["identity"]["base_seed"] for r in records})),
+        rows=tuple(rows.values()),
+        generator_seed=identity["generator_seed"],
+        members=identity["members"],
+        device=identity["numerics"]["device"],
+        epsilons=tuple(protocol["epsilons"]),
+        **{key: protocol[key] for key in ("epsilon", "k", "loss", "draws", "seed")},
+    )
+
+
+def _settings_of(label: str) -> dict[str, Any]:
+    """Return the settings that a row's label shows, as text: `laplace[structure=kron]` -> {"structure": "kron"}."""
+    inside = label.partition("[")[2].removesuffix("]")
+    return dict(part.partition("=")[::2] for part in inside.split(",")) if inside else {}
 
 
 class _Loader(yaml.SafeLoader):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 from multiplicity_bench.errors import UserError
-from multiplicity_bench.leaderboard.suite import board_suites, load_suite, suite_names
+from multiplicity_bench.leaderboard.cells import settle
+from multiplicity_bench.leaderboard.cli import main
+from multiplicity_bench.leaderboard.record import write
+from multiplicity_bench.leaderboard.suite import board_suites, load_suite, suite_names, suite_of
 
 
 def test_every_packaged_suite_is_valid_and_the_board_consists_of_breastmnist_and_phantom():
@@ -93,3 +96,26 @@ def test_an_unknown_suite_suggests_close_names_and_an_absent_file_is_named(tmp_p
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="a suite is a mapping"):
         load_suite(str(tmp_path / "list.yaml"))
+
+
+def test_records_that_no_suite_planned_make_a_suite_of_their_own(make_record):
+    labels = ["swag", "laplace[prior_precision=marglik]", "laplace[structure=kron]"]
+    records = [make_record(label, seed) for label in labels for seed in (3, 1)]
+    suite = suite_of(records, "own", "Own runs")
+    assert [row.label for row in suite.rows] == labels
+    assert suite.base_seeds == (1, 3) and suite.members == 20
+    table = settle(suite, records)
+    assert {(c.row.label, c.base_seed) for c in table.cells.values() if c.state == "ok"} == {
+        (label, seed) for label in labels for seed in (1, 3)
+    }
+
+
+def test_build_puts_unplanned_records_of_different_protocols_into_different_tables(make_record, tmp_path, capsys):
+    def stricter(record):
+        record["protocol"]["epsilon"] = 0.01
+
+    for record in (make_record("swag", 0), make_record("laplace", 0, stricter)):
+        write(record, tmp_path / "records")
+    assert main(["build", "--records", str(tmp_path / "records")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("## toy, smallcnn") == 2 and "stale" not in text.split("## toy, smallcnn", 1)[1]
