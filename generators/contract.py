@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -37,12 +38,14 @@ class _Interrupting(Memory):
             raise Interrupted
 
 
-def check_generator(generator: Generator, problem: Problem, seed: int = 1) -> ModelSet | None:
+def check_generator(generator: Generator, problem: Problem, seed: int = 1, seconds: float = 60.0) -> ModelSet | None:
     """Check every clause of the generator contract on `problem` and return the set (None if it is not supported).
 
     No change to the base, the global random state, dtype or grad mode; size, shapes, dtype, device, finiteness; the
     same seed gives the same set and another seed another one; members do not depend on the block size; vmap equals
-    loop; saving and loading changes nothing; a generation that was interrupted and resumed equals an uninterrupted one.
+    loop; saving and loading changes nothing; a generation that was interrupted and resumed equals an uninterrupted one;
+    one generation takes less than `seconds`. That a scale of zero gives the base is left to the generator's own tests:
+    which setting is the scale, only they know.
     """
     assert is_dataclass(generator), "a generator is a plain dataclass of hyper-parameters"
     assert all(f.name in vars(generator) for f in fields(generator)), "hyper-parameters are stored verbatim"
@@ -52,7 +55,10 @@ def check_generator(generator: Generator, problem: Problem, seed: int = 1) -> Mo
         return None
     model_set = _without_side_effects(generator, problem, seed)
     _well_formed(model_set, problem)
+    start = time.perf_counter()
     again = replace(generator).generate(_fresh(problem), seed)
+    took = time.perf_counter() - start
+    assert took < seconds, f"a toy set took {took:.1f} s, more than {seconds:g}: contract tests must stay quick"
     assert _equal(model_set, again, problem), "the same seed must give the same set"
     other = generator.generate(_fresh(problem), seed + 1)
     assert generator.control or not _equal(model_set, other, problem), "another seed must give another set"

@@ -14,6 +14,7 @@ import torch
 from multiplicity_bench.generators.api import Generator, Memory, Problem
 from multiplicity_bench.generators.contract import check_generator, check_refusal
 from multiplicity_bench.generators.modelset import Block, DiagonalSet, ModelSet, StackedSet
+from multiplicity_bench.generators.swag import SWAG
 
 COUNTER = itertools.count()
 
@@ -256,3 +257,8 @@ def _no_foreign_kinds():
     yield
     for kind in [k for k in ModelSet.kinds if k.startswith("test: ")]:
         del ModelSet.kinds[kind]
+
+
+def test_a_generator_that_takes_longer_than_it_may_is_caught(problem):
+    with pytest.raises(AssertionError, match="contract tests must stay quick"):
+        check_generator(SWAG(epochs=2), problem, seconds=0.0)
