@@ -25,10 +25,10 @@ from ..generators.modelset import DiagonalSet
 from ..metrics.api import Predictions, Settings
 from ..metrics.decisions import disagreement, votes
 from ..metrics.evaluation import evaluate
+from .memory import PeakMemory
 from .networks import Network
 from .predict import predict
 from .provenance import LIBRARIES, device_name, library_version
-from .stages import PeakMemory
 from .store import synchronise
 from .train import Training, train
 

@@ -29,10 +29,12 @@ from ..leaderboard import record as records
 from ..leaderboard.predictions import predictions_arrays, save_predictions
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate
+from .memory import PeakMemory
 from .networks import Network
 from .predict import base_block, choose_strategy, predict, predict_block
 from .progress import log, progress
 from .provenance import device_name, provenance
+from .sections import cost_section, data_section, plain_score, set_section
 from .spec import Spec, set_numerics
 from .store import FileCheckpoint, Stopwatch, Store, synchronise
 from .train import bootstrap_rows as bootstrap
@@ -353,103 +355,6 @@ class Run:
                 record["predictions"]["file"] = path.name
         sealed = records.seal(record)
         return sealed, records.write(sealed, folder)
-
-
-def plain_score(score: Any) -> dict[str, Any]:
-    """Return a score as a record holds it."""
-    return {name: getattr(score, name) for name in score.__dataclass_fields__}
-
-
-def set_section(model_set: ModelSet, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what the record says about the set: who was drawn, who is in, and by which losses on val."""
-    return {
-        "drawn": model_set.size,
-        "accepted": [int(k) for k in evaluation.accepted],
-        "deployable": model_set.deployable,
-        "batchnorm": model_set.batchnorm,
-        "notes": [*model_set.notes, *evaluation.warnings],
-        "diagnostics": model_set.diagnostics,
-        "epsilon_in_se": evaluation.epsilon_in_se,
-        "val_loss_base": float(evaluation.membership.base),
-        "val_loss": [float(loss) for loss in evaluation.membership.members],
-    }
-
-
-def cost_section(about: dict[str, Any], accepted: int, drawn: int) -> dict[str, Any]:
-    """Return the costs of METRICS.md, 8: fixed and marginal, in seconds and in base trainings (`_bt`)."""
-    unit = about["base_training_s"]
-    whole = about["fixed_s"] + drawn * about["marginal_s"]
-    per_accepted = whole / accepted if accepted else None
-    seconds = {"fixed_cost": about["fixed_s"], "marginal_cost": about["marginal_s"], "cost_per_accepted": per_accepted}
-    cost = {f"{n}_s": value for n, value in seconds.items()}
-    cost |= {f"{n}_bt": None if value is None else value / unit for n, value in seconds.items()}
-    return cost | {
-        "cost_per_accepted_with_base_bt": (whole + unit) / accepted / unit if accepted else None,
-        "base_training_s": unit,
-        "peak_memory_bytes": about["peak_memory_bytes"],
-        "bytes_per_member": about["bytes_per_member"],
-        "resumed": about["attempts"] > 1,
-        "hardware": f"{about['device_name']}, {about['threads']} CPU threads",
-        "threads": about["threads"],
-    }
-
-
-def data_section(data: Data) -> dict[str, Any]:
-    """Return what the record says about the data."""
-    patients = [s.patient for s in data.splits.values()]
-    known = [p for p in patients if p is not None]
-    return {
-        "task": data.task,
-        "classes": data.classes,
-        "positive": data.positive,
-        "synthetic": data.synthetic,
-        "licence": data.licence,
-        "source": data.source,
-        "notes": data.notes,
-        "sizes": {name: len(split) for name, split in data.splits.items()},
-        "patients": {n: len(np.unique(s.patient)) for n, s in data.splits.items() if s.patient is not None}
-        if len(known) == len(patients)
-        else None,
-        "duplicates": data.duplicates,
-    }
-
-
-class PeakMemory:
-    """The most memory used above what was held at the start: on the device, or resident on a CPU.
-
-    at_least: what work that was done before, and is used again, took when it was done.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.at_least = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.held = torch.cuda.memory_allocated(device)
-            return
-        self.reset = True
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the process's high-water mark
-        except OSError:
-            self.reset = False
-        self.held = _status_bytes("VmRSS")
-
-    def peak(self) -> int | None:
-        """Return the bytes so far, or None where this system cannot tell."""
-        if self.device.type == "cuda":
-            return max(self.at_least, torch.cuda.max_memory_allocated(self.device) - self.held)
-        peak = _status_bytes("VmHWM")
-        if not self.reset or not peak:
-            return None
-        return max(self.at_least, peak - self.held)
-
-
-def _status_bytes(name: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-    except (OSError, StopIteration, ValueError):
-        return 0
 
 
 def _traceback() -> list[str]:

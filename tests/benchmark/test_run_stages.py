@@ -18,6 +18,7 @@ import torch
 from multiplicity_bench.benchmark import predict as predict_module
 from multiplicity_bench.benchmark import stages as stages_module
 from multiplicity_bench.benchmark import store as store_module
+from multiplicity_bench.benchmark.sections import cost_section
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.benchmark.store import Store
 from multiplicity_bench.generators.api import Generator, Problem
@@ -374,10 +375,10 @@ def test_costs_in_base_trainings_are_seconds_over_the_seconds_of_one():
         "fixed_s": 6.0, "marginal_s": 0.5, "base_training_s": 2.0, "peak_memory_bytes": 1, "bytes_per_member": 2,
         "attempts": 1, "threads": 1, "device_name": "x",
     }  # fmt: skip
-    cost = stages_module.cost_section(about, accepted=4, drawn=8)
+    cost = cost_section(about, accepted=4, drawn=8)
     assert (cost["fixed_cost_bt"], cost["marginal_cost_bt"]) == (3.0, 0.25)
     assert cost["cost_per_accepted_s"] == 2.5 and cost["cost_per_accepted_with_base_bt"] == 1.5
-    empty = stages_module.cost_section(about, accepted=0, drawn=8)
+    empty = cost_section(about, accepted=0, drawn=8)
     assert empty["cost_per_accepted_s"] is empty["cost_per_accepted_bt"] is None
 
 
