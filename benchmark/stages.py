@@ -347,7 +347,8 @@ class Run:
             record["cost"] = cost_section(
                 self.store.about("set", self.keys["set"]), len(evaluation.accepted), model_set.size
             )
-            record["predictions"] = {"file": None, "digest": array_digest(arrays)}
+            strategy = self.store.about("predictions", self.keys["predictions"])["strategy"]
+            record["predictions"] = {"file": None, "digest": array_digest(arrays), "strategy": strategy}
             if suite is not None:
                 sealed = records.seal(record)
                 path = folder.parent / "predictions" / suite / f"{sealed['name']}.npz"
