@@ -167,6 +167,7 @@ def memory_of_1000_members() -> tuple[str, str]:
 
 
 MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
+MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
 VIEWS = (("val", slice(0, 2000)), ("test", slice(2000, 10_000)))
 
 
@@ -195,11 +196,7 @@ def render(rows: list[dict[str, Any]], figures: list[tuple[str, str]], devices: 
     for row in rows:
         cells = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
         lines.append(f"| {row['name']} | {row['device']} | {cells} |")
-    docs = {
-        f.__name__: (f.__doc__ or "").split("\n\n")[0]
-        for f in (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
-    }
-    lines += ["", *(f"- `{name}`: {' '.join(text.split())}" for name, text in docs.items()), ""]
+    lines += ["", *(f"- `{f.__name__}`: {' '.join((f.__doc__ or '').split())}" for f in MEASURES), ""]
     lines += ["| figure | measured |", "|---|---|", *(f"| {what} | {value} |" for what, value in figures), ""]
     return "\n".join(lines)
 
