@@ -21,7 +21,7 @@ from ..datasets.api import DATASETS, Data
 from ..errors import UserError, suggest
 from ..generators.api import GENERATORS, Generator, choices
 from ..identity import digest, plain, row_label
-from ..metrics.api import Settings
+from ..metrics.api import LOSSES, Settings
 from ..registry import Registry
 from .networks import NETWORKS
 from .train import Training
@@ -46,12 +46,12 @@ class Options:
     generator_seed: int = 0
     resample_seed: int | None = None
     members: int = 20
-    epsilon: float = 0.05
-    epsilons: tuple[float, ...] = field(default_factory=lambda: (0.02, 0.05, 0.1))
-    k: int = 5
-    loss: str = "nll"
-    draws: int = 1000
-    seed: int = 0
+    epsilon: float = Settings.epsilon
+    epsilons: tuple[float, ...] = field(default_factory=lambda: Settings.epsilons)
+    k: int = Settings.k
+    loss: str = Settings.loss
+    draws: int = Settings.draws
+    seed: int = Settings.seed
     device: str = "auto"
     tf32: bool = False
     threads: int = 0
@@ -202,4 +202,4 @@ def _check(o: Options) -> None:
     for value in (o.epsilon, *o.epsilons):
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"epsilon={value:g} must be a finite number of at least 0 (nats on val)")
-    choices(o.loss, "loss", ("nll", "zero_one", "auroc", "balanced_accuracy", "brier"))
+    choices(o.loss, "loss", LOSSES)

@@ -96,8 +96,8 @@ class Run:
         spec, key = self.spec, self.keys["base"]
 
         def compute(work: Path) -> dict[str, Any]:
-            checkpoint = FileCheckpoint(work)
-            trained = self._fit(checkpoint)(derive_seed("base", spec.options.base_seed), name="training the base")
+            checkpoint = FileCheckpoint(work, self.device)
+            trained = self._fit(checkpoint)(self._base_seed(), name="training the base")
             leaves = {f"params/{n}": p for n, p in trained.params.items()}
             leaves |= {f"buffers/{n}": b for n, b in trained.buffers.items()}
             save_file({n: t.cpu().contiguous() for n, t in leaves.items()}, work / WEIGHTS)
@@ -112,6 +112,9 @@ class Run:
         params, buffers = self.network.init(0)  # files sort names; the network's own order is what flat vectors follow
         found_params, found_buffers = pick("params/"), pick("buffers/")
         return Trained({n: found_params[n] for n in params}, {n: found_buffers[n] for n in buffers})
+
+    def _base_seed(self) -> int:
+        return derive_seed("base", self.spec.options.base_seed)
 
     def problem(self, checkpoint: FileCheckpoint | None = None) -> Problem:
         """Return what the generator may see; without a checkpoint, nothing of it survives this process."""
@@ -129,6 +132,7 @@ class Run:
             batch_size=self.spec.training.batch_size,
             fit=self._fit(checkpoint),
             members=self.spec.options.members,
+            base_seed=self._base_seed(),
             device=self.device,
             checkpoint=checkpoint or Memory(),
             progress=progress,
@@ -142,7 +146,7 @@ class Run:
             self.base()
             before = self.time_base_training()
             clock, memory = Stopwatch(work, self.device), PeakMemory(self.device)
-            problem = self.problem(FileCheckpoint(work))
+            problem = self.problem(FileCheckpoint(work, self.device))
             problem.clock, problem.part = clock, self._part(clock, memory)
             booked, start = sum(clock.seconds.values()), time.perf_counter()
             seed = derive_seed(

@@ -118,16 +118,16 @@ class Store:
 
 
 class FileCheckpoint:
-    """Tensors under a name in an unfinished artifact; a broken checkpoint counts as none."""
+    """Tensors under a name in an unfinished artifact, loaded to `device`; a broken checkpoint counts as none."""
 
-    def __init__(self, work: Path):
-        self.folder = work / CHECKPOINTS
+    def __init__(self, work: Path, device: torch.device | str = "cpu"):
+        self.folder, self.device = work / CHECKPOINTS, str(device)
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return what was saved under `name`, or None."""
         path = self._path(name)
         try:
-            return load_file(path) if path.is_file() else None
+            return load_file(path, device=self.device) if path.is_file() else None
         except (OSError, SafetensorError):
             return None
 

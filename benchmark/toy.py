@@ -45,6 +45,7 @@ def toy_problem(
         batch_size=recipe.batch_size,
         fit=fit,
         members=members,
+        base_seed=seed,
     )
     problem.base = fit(seed)
     problem.checkpoint = Memory()

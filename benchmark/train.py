@@ -84,6 +84,7 @@ def train(
     seed: int,
     *,
     init: Trained | None = None,
+    init_seed: int | None = None,
     patient: Tensor | None = None,
     resample_seed: int | None = None,
     on_step: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
@@ -93,7 +94,7 @@ def train(
     constant_lr: bool = False,
     **changes: Any,
 ) -> Trained:
-    """Train one network by the recipe; every random choice follows from `seed` (and `resample_seed`).
+    """Train one network by the recipe; every random choice follows from `seed` (and `init_seed`, `resample_seed`).
 
     Checkpoints hold whole epochs, so that a killed training continues to the same weights. Raises Diverged when the
     loss of an epoch is not finite.
@@ -104,7 +105,8 @@ def train(
     if resample_seed is not None:
         rows = bootstrap_rows(patient, len(data), resample_seed).to(device)
         data = Part(data.images[rows], data.labels[rows])
-    params, buffers = network.init(seed) if init is None else (dict(init.params), dict(init.buffers))
+    fresh = seed if init_seed is None else init_seed
+    params, buffers = network.init(fresh) if init is None else (dict(init.params), dict(init.buffers))
     params = {n: p.detach().clone().to(device).requires_grad_() for n, p in params.items()}
     buffers = {n: b.detach().clone().to(device) for n, b in buffers.items()}
     optimizer = _optimizer(recipe, params.values())
@@ -233,6 +235,6 @@ def _restore(
             _, i, name = key.split("/")
             leaf = leaves[int(i)]
             value = value.clone()
-            optimizer.state[leaf][name] = value if name == "step" else value.to(leaf.device)
+            optimizer.state[leaf][name] = value.cpu() if name == "step" else value.to(leaf.device)
     losses.extend(state["losses"].tolist())
     return len(losses)

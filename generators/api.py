@@ -67,12 +67,14 @@ class Fit(Protocol):
         seed: int,
         *,
         init: Trained | None = None,
+        init_seed: int | None = None,
         resample_seed: int | None = None,
         name: str = "training",
         **changes: Any,
     ) -> Trained:
         """Train on `train` from fresh weights drawn by `seed` (or from `init`), in the order that `seed` gives.
 
+        `init_seed` draws the fresh weights instead of `seed`, which then decides the order alone.
         `resample_seed` trains on a bootstrap resample (by patient where the data know patients) instead; `changes`
         replace fields of the recipe (`epochs=5`); `on_step(step, params, buffers)` among them is called after each
         update. Raises Diverged when the loss stops being finite.
@@ -135,7 +137,7 @@ class Problem:
     eval mode holding w*, for libraries that need one; train, tune: the data; task: binary | multiclass | ordinal |
     multilabel; classes: the number of outputs; loss: (logits, labels) -> mean over samples, nats;
     prior_precision: a of the training loss `loss + a/(2N) |w|^2`; batch_size: of the recipe; fit: the training recipe;
-    members: how many to draw;
+    members: how many to draw; base_seed: `fit(base_seed)` trains the base again;
     part: `part(name, spec, compute)` returns compute()'s tensors, computed once per base and shared by all generators
     (its seconds are booked as fixed cost whether or not it was found); checkpoint, clock, progress: see there.
     """
@@ -152,6 +154,7 @@ class Problem:
     batch_size: int
     fit: Fit
     members: int
+    base_seed: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     part: Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, spec, compute: (
         compute()

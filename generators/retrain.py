@@ -20,7 +20,7 @@ class Retrain(Generator):
     """Independent retrainings by the base's recipe: the reference for all other generators.
 
     resample: none | bootstrap (each member trains on its own bootstrap resample, by patient where known);
-    init: fresh | base (start from the base's initial weights' successor w*, so that only the order differs).
+    init: fresh | base (the base's own initial weights, so that members differ by the order of the data alone).
     """
 
     resample: str = "none"
@@ -47,7 +47,7 @@ class Retrain(Generator):
         with problem.clock.marginal():
             trained = problem.fit(
                 member_seed,
-                init=problem.base if self.init == "base" else None,
+                init_seed=problem.base_seed if self.init == "base" else None,
                 resample_seed=member_seed if self.resample == "bootstrap" else None,
                 name=f"retraining {k}",
             )

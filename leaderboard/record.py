@@ -16,8 +16,6 @@ SCHEMA = 1
 SECTIONS = ("identity", "scores", "set", "data", "cost", "provenance", "predictions")
 """Sections with a digest of their own; `scores` covers `protocol` and `scores`, for epsilon and k define the scores."""
 
-STATUSES = ("ok", "skipped", "failed")
-
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
     """Return `record` with `schema`, `key`, `name` and `digests` computed from its sections.

@@ -44,7 +44,7 @@ import yaml
 
 from ..errors import UserError, suggest
 from ..identity import row_label
-from ..metrics.api import Settings
+from ..metrics.api import LOSSES, Settings
 
 SUITES = Path(__file__).parent / "suites"
 CONTROLS = ("identical", "logit_noise", "temperature")
@@ -53,7 +53,6 @@ CONTROLS = ("identical", "logit_noise", "temperature")
 ENOUGH = 5
 """Base seeds that a board needs: the base network is a random effect, and one base says little about another."""
 
-LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")
 DEVICES = ("cpu", "cuda")
 
 
@@ -100,12 +99,12 @@ class Suite:
     training: dict[str, Any] = field(default_factory=dict)
     generator_seed: int = 0
     members: int = 20
-    epsilon: float = 0.05
-    epsilons: tuple[float, ...] = (0.02, 0.05, 0.1)
-    k: int = 5
-    loss: str = "nll"
-    draws: int = 1000
-    seed: int = 0
+    epsilon: float = Settings.epsilon
+    epsilons: tuple[float, ...] = Settings.epsilons
+    k: int = Settings.k
+    loss: str = Settings.loss
+    draws: int = Settings.draws
+    seed: int = Settings.seed
     margin: float = 0.01
     threads: int | None = None
     device: str = "cpu"

@@ -44,6 +44,10 @@ class Predictions:
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")
+"""Losses that may decide membership; AUROC and balanced accuracy enter as one minus."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a suite declares beforehand about scoring; it belongs to the digest of the scores, not to a run's identity.

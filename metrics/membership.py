@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri
 
-from .api import Predictions, Settings, Undefined, register_metric
+from .api import LOSSES, Predictions, Settings, Undefined, register_metric
 from .context import Context, contexts, decide
 from .intervals import PatientBootstrap
 from .performance import aurocs, brier_scores, errors, log_losses
 
 _MEANS = {"nll": log_losses, "zero_one": errors, "brier": brier_scores}
-LOSSES = (*_MEANS, "auroc", "balanced_accuracy")
 _TAIL = 0.05
 
 

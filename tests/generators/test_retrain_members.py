@@ -41,7 +41,7 @@ def test_members_differ_from_the_base_and_from_each_other(settings, toy):
     if settings.get("init") == "base":
         fresh = Retrain().generate(toy(members=4), 0)
         away = [max(distance(problem.base.params, s.member(k)[0]) for k in range(4)) for s in (drawn, fresh)]
-        assert away[0] < away[1] / 2, "a successor of the base stays closer to it than a fresh network"
+        assert away[0] < away[1] / 2, "the same initial weights end closer to the base than others"
 
 
 def test_the_same_seed_gives_bitwise_the_same_members_whatever_the_global_generator_is(toy):
@@ -94,7 +94,7 @@ def test_without_bootstrap_all_members_see_the_same_data(toy):
     problem.fit = Recorder(problem.fit)
     Retrain().generate(problem, 0)
     assert [call["resample_seed"] for call in problem.fit.calls] == [None, None]
-    assert [call["init"] for call in problem.fit.calls] == [None, None]
+    assert [call["init_seed"] for call in problem.fit.calls] == [None, None]
 
 
 def test_bootstrap_changes_the_members_through_their_data_alone(toy):
@@ -106,15 +106,22 @@ def test_bootstrap_changes_the_members_through_their_data_alone(toy):
     assert distance(plain.member(0)[0], bagged.member(0)[0]) > 0.05
 
 
-def test_members_from_the_base_start_at_the_base_and_differ_in_order_alone(toy):
+def test_members_that_share_the_bases_initial_weights_differ_from_it_in_order_alone(toy):
     problem = toy(members=2)
     problem.fit = Recorder(problem.fit)
     Retrain(init="base").generate(problem, 0)
-    assert all(call["init"] is problem.base and call["resample_seed"] is None for call in problem.fit.calls)
+    assert all(call["init_seed"] == problem.base_seed for call in problem.fit.calls)
+    assert all(call["resample_seed"] is None for call in problem.fit.calls)
     # Trained on all data in one batch, the order cannot matter: only rounding of the permuted sums is left.
     together = problem.fit.fit
-    whole = [together(call["seed"], init=problem.base, batch_size=1000).params for call in problem.fit.calls]
-    assert distance(*whole) < 1e-3
+    seeds = [problem.base_seed, *(call["seed"] for call in problem.fit.calls)]
+    base, *members = (together(s, init_seed=problem.base_seed, batch_size=1000, name=str(s)).params for s in seeds)
+    assert all(distance(base, member) < 1e-3 for member in members)
+
+
+def test_the_bases_seed_trains_the_base_again(toy):
+    problem = toy(members=2)
+    assert distance(problem.fit(problem.base_seed, name="again").params, problem.base.params) == 0
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])

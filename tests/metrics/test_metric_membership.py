@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from multiplicity_bench.metrics.api import Settings, Undefined
+from multiplicity_bench.metrics.api import LOSSES, Settings, Undefined
 from multiplicity_bench.metrics.context import softmax
-from multiplicity_bench.metrics.membership import LOSSES, membership
+from multiplicity_bench.metrics.membership import membership
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 
