@@ -8,7 +8,7 @@ batch is timed both ways.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -101,13 +101,10 @@ def _loop(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
         logits = network(block.shared_params, block.shared_buffers, images)
         logits = logits.expand(block.size, *logits.shape)
     else:
-        logits = torch.stack([network(*block.member(k), images) for k in range(block.size)])
+        logits = torch.stack([block.member_logits(network, k, images) for k in range(block.size)])
     return logits if block.output is None else block.output(logits, images)
 
 
 def _vmap(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
-    def one(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-        return network({**block.shared_params, **params}, {**block.shared_buffers, **buffers}, images)
-
-    logits = torch.func.vmap(one)(block.params, block.buffers)
+    logits = torch.func.vmap(lambda p, b: block.logits(network, p, b, images))(block.params, block.buffers)
     return logits if block.output is None else block.output(logits, images)

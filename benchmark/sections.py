@@ -17,17 +17,22 @@ def plain_score(score: Any) -> dict[str, Any]:
 
 
 def set_section(model_set: ModelSet, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what the record says about the set: who was drawn, who is in, and by which losses on val."""
+    """Return what the record says about the set: who was drawn, who failed, who is in, and by which losses on val.
+
+    A failed member has the base's weights and no loss of its own: null.
+    """
+    who = evaluation.membership
     return {
         "drawn": model_set.size,
+        "failed": model_set.failed,
         "accepted": [int(k) for k in evaluation.accepted],
         "deployable": model_set.deployable,
         "batchnorm": model_set.batchnorm,
         "notes": [*model_set.notes, *evaluation.warnings],
         "diagnostics": model_set.diagnostics,
         "epsilon_in_se": evaluation.epsilon_in_se,
-        "val_loss_base": float(evaluation.membership.base),
-        "val_loss": [float(loss) for loss in evaluation.membership.members],
+        "val_loss_base": float(who.base),
+        "val_loss": [None if failed else float(loss) for loss, failed in zip(who.members, who.failed)],
     }
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..generators.api import Memory, Part, Problem, Trained
 from ..generators.modelset import ModelSet, StackedSet
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
-from ..leaderboard.predictions import predictions_arrays, save_predictions
+from ..leaderboard.predictions import PRECISION, arrays_predictions, predictions_arrays, save_predictions
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate
 from .memory import PeakMemory
@@ -144,6 +145,7 @@ class Run:
 
         def compute(work: Path) -> dict[str, Any]:
             self.base()
+            warm_up()
             before = self.time_base_training()
             clock, memory = Stopwatch(work, self.device), PeakMemory(self.device)
             problem = self.problem(FileCheckpoint(work, self.device))
@@ -195,7 +197,7 @@ class Run:
             return {"strategy": strategy}
 
         folder = self.store.produce("predictions", key, {"set": self.keys["set"], "views": list(VIEWS)}, compute)
-        return {view: self._load_view(folder, view) for view in VIEWS}
+        return {view: self._load_view(folder, view, model_set) for view in VIEWS}
 
     def record(self, suite: str | None = None) -> tuple[dict[str, Any], Path]:
         """Carry out the whole run and return its record and where it is written.
@@ -213,8 +215,10 @@ class Run:
                 return self._write("skipped", reason)
             model_set = self.model_set()
             views = self.predictions(model_set)
+            # Scores are those of the predictions as they are committed, which is what `leaderboard verify` scores.
             arrays = predictions_arrays(views["val"], views["test"])
-            evaluation = evaluate(views["val"], views["test"], self.spec.settings)
+            val, test = arrays_predictions(arrays, self.data.task, self.data.positive)
+            evaluation = evaluate(val, test, self.spec.settings)
         except Diverged as error:
             return self._write("failed", str(error))
         except (UserError, OSError, KeyboardInterrupt):
@@ -300,7 +304,7 @@ class Run:
         predict(self.network, model_set, images, strategy=strategy, write=write, first=first, progress=progress)
         logits.flush()
 
-    def _load_view(self, folder: Path, view: str) -> Predictions:
+    def _load_view(self, folder: Path, view: str, model_set: ModelSet) -> Predictions:
         logits = np.load(folder / f"{view}.npy", mmap_mode="r", allow_pickle=False)
         split = self.data.splits[view]
         return Predictions(
@@ -313,6 +317,7 @@ class Run:
             patient=split.patient,
             ids=split.ids,
             attributes=dict(split.attributes),
+            failed=tuple(model_set.failed),
         )
 
     def _about_base(self) -> dict[str, float]:
@@ -337,7 +342,11 @@ class Run:
             "status": status,
             "reason": reason,
             "identity": self.spec.identity(self.data),
-            "protocol": {**plain(settings), "metrics": {n: i.version for n, i in catalogue().items()}},
+            "protocol": {
+                **plain(settings),
+                "metrics": {n: i.version for n, i in catalogue().items()},
+                "predictions": PRECISION,
+            },
             "scores": {},
             "set": {"drawn": self.spec.options.members, "accepted": [], "diagnostics": diagnostics or {}, "notes": []},
             "data": data_section(self.data),
@@ -360,6 +369,15 @@ class Run:
                 record["predictions"]["file"] = path.name
         sealed = records.seal(record)
         return sealed, records.write(sealed, folder)
+
+
+def warm_up() -> None:
+    """Load what torch and laplace-torch load at their first use, so that no set pays for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import laplace  # noqa: F401
+
+    torch.func.vmap(torch.func.grad(torch.sin))(torch.zeros(2))
 
 
 def _traceback() -> list[str]:

@@ -168,6 +168,13 @@ class Stopwatch:
         """Book the time inside as the cost of drawing members."""
         return self._book("marginal")
 
+    def transfer(self, seconds: float) -> None:
+        """Move seconds that were booked as fixed to the cost of drawing members."""
+        moved = min(seconds, self.seconds["fixed"])
+        self.seconds["fixed"] -= moved
+        self.seconds["marginal"] += moved
+        self._write()
+
     @contextlib.contextmanager
     def _book(self, kind: str) -> Iterator[None]:
         synchronise(self.device)

@@ -91,11 +91,16 @@ class Checkpoint(Protocol):
 
 
 class Clock(Protocol):
-    """Books wall time (device synchronised): `fixed` once per set, `marginal` per drawn member."""
+    """Books wall time (device synchronised): `fixed` once per set, `marginal` per drawn member.
+
+    `transfer` moves seconds from fixed to marginal: work of a search whose draws turned out to be members.
+    """
 
     def fixed(self) -> AbstractContextManager[None]: ...
 
     def marginal(self) -> AbstractContextManager[None]: ...
+
+    def transfer(self, seconds: float) -> None: ...
 
 
 class Memory:
@@ -123,6 +128,9 @@ class NoClock:
     def marginal(self) -> AbstractContextManager[None]:
         """Time nothing."""
         return nullcontext()
+
+    def transfer(self, seconds: float) -> None:
+        """Move nothing."""
 
 
 def _silent(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:

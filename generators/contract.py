@@ -41,11 +41,11 @@ class _Interrupting(Memory):
 def check_generator(generator: Generator, problem: Problem, seed: int = 1, seconds: float = 60.0) -> ModelSet | None:
     """Check every clause of the generator contract on `problem` and return the set (None if it is not supported).
 
-    No change to the base, the global random state, dtype or grad mode; size, shapes, dtype, device, finiteness; the
-    same seed gives the same set and another seed another one; members do not depend on the block size; vmap equals
-    loop; saving and loading changes nothing; a generation that was interrupted and resumed equals an uninterrupted one;
-    one generation takes less than `seconds`. That a scale of zero gives the base is left to the generator's own tests:
-    which setting is the scale, only they know.
+    No change to the base, the global random state, dtype or grad mode; size, shapes, dtype, device, finiteness, which
+    members failed; the same seed gives the same set and another seed another one; members do not depend on the block
+    size; vmap equals loop; saving and loading changes nothing; a generation that was interrupted and resumed equals an
+    uninterrupted one; one generation takes less than `seconds`. That a scale of zero gives the base is left to the
+    generator's own tests: which setting is the scale, only they know.
     """
     assert is_dataclass(generator), "a generator is a plain dataclass of hyper-parameters"
     assert all(f.name in vars(generator) for f in fields(generator)), "hyper-parameters are stored verbatim"
@@ -82,14 +82,10 @@ def member_logits(model_set: ModelSet, problem: Problem, max_members: int = 3, v
     with torch.no_grad():
         for block in model_set.blocks(max_members):
             if vmap and (block.params or block.buffers):
-                shared = block
-                logits = torch.func.vmap(
-                    lambda p, b, shared=shared: problem.network(
-                        {**shared.shared_params, **p}, {**shared.shared_buffers, **b}, images
-                    )
-                )(block.params, block.buffers)
+                one = lambda p, b, block=block: block.logits(problem.network, p, b, images)  # noqa: E731
+                logits = torch.func.vmap(one)(block.params, block.buffers)
             else:
-                logits = torch.stack([problem.network(*block.member(k), images) for k in range(block.size)])
+                logits = torch.stack([block.member_logits(problem.network, k, images) for k in range(block.size)])
             rows.append(logits if block.output is None else block.output(logits, images))
     return torch.cat(rows)
 
@@ -138,14 +134,18 @@ def _well_formed(model_set: ModelSet, problem: Problem) -> None:
                     assert leaf.dtype == wanted[n].dtype and leaf.device == wanted[n].device, f"{n}: dtype or device"
                     assert bool(torch.isfinite(leaf).all()), f"{n} is not finite"
     assert count == model_set.size, "blocks cover the set"
+    failed = [k for k in range(model_set.size) if k in model_set.failed]
+    assert model_set.failed == failed, f"failed members are indices of the set, each once, in order: {model_set.failed}"
     assert isinstance(model_set.bytes_per_member(), int)
 
 
 def _equal(a: ModelSet, b: ModelSet, problem: Problem) -> bool:
-    """Return whether two sets have the same leaves and say the same, to rounding.
+    """Return whether two sets have the same leaves and failed members and say the same, to rounding.
 
     Where a tensor lies in memory decides which kernel a CPU takes, so that a product's last bits may differ.
     """
+    if a.failed != b.failed:
+        return False
     for k in range(a.size):
         for found, wanted in zip(a.block(k, k + 1).member(0), b.block(k, k + 1).member(0), strict=True):
             if not all(torch.allclose(leaf, wanted[n], rtol=1e-5, atol=1e-6) for n, leaf in found.items()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +29,8 @@ class Block:
     """Members `start .. start + size`: leaves with a member axis, and leaves that all members share.
 
     `output`, where given, maps the logits [member, sample, class] of these members, given the images, to what the
-    members really say: some sets (temperature, logit noise) are no weight vectors.
+    members really say: some sets (temperature, logit noise) are no weight vectors. `expand_at`, where given, holds the
+    leaves w* around which the network is replaced by its first-order expansion.
     """
 
     start: int
@@ -39,6 +40,28 @@ class Block:
     shared_params: Leaves
     shared_buffers: Leaves
     output: Callable[[Tensor, Tensor], Tensor] | None = None
+    expand_at: Leaves | None = None
+
+    def logits(self, network: Callable[..., Tensor], params: Leaves, buffers: Leaves, images: Tensor) -> Tensor:
+        """Return logits [sample, class] of the member with these leaves of its own: `f(w)`, or `f(w*) + J (w - w*)`.
+
+        The expansion is one forward-mode pass. All that predicts with a block goes through here; `output` comes after.
+        """
+        buffers = {**self.shared_buffers, **buffers}
+
+        def function(leaves: Leaves) -> Tensor:
+            return network({**self.shared_params, **leaves}, buffers, images)
+
+        if self.expand_at is None:
+            return function(params)
+        origin = {n: self.expand_at[n] for n in params}
+        deviation = {n: leaf - origin[n] for n, leaf in params.items()}
+        return torch.add(*torch.func.jvp(function, (origin,), (deviation,)))
+
+    def member_logits(self, network: Callable[..., Tensor], index: int, images: Tensor) -> Tensor:
+        """Return the logits [sample, class] of member `start + index`, before `output`."""
+        params, buffers = ({n: leaf[index] for n, leaf in own.items()} for own in (self.params, self.buffers))
+        return self.logits(network, params, buffers, images)
 
     def member(self, index: int) -> tuple[Leaves, Leaves]:
         """Return all parameters and buffers of member `start + index`."""
@@ -52,7 +75,8 @@ class ModelSet:
 
     shared: parameters and buffers that no member changes (by "params." / "buffers." name); stacked_buffers: buffers
     with a member axis (BatchNorm statistics re-estimated per member); deployable: a member is one weight vector;
-    notes: caveats for the board; diagnostics: JSON values for the record.
+    notes: caveats for the board; diagnostics: JSON values for the record; failed: indices of members whose making
+    failed, in order: they carry the base's weights, count as drawn and are never accepted.
     """
 
     size: int
@@ -63,6 +87,7 @@ class ModelSet:
     batchnorm: str | None = None
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
 
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[ModelSet]]] = {}
@@ -93,6 +118,8 @@ class ModelSet:
             raise UserError(f"member={index} is not in the set: it has members 0 to {self.size - 1}")
         if not self.deployable:
             raise UserError("members of this set are no weight vectors (not deployable): there is nothing to export")
+        if index in self.failed:
+            raise UserError(f"member={index} failed when it was made and has only the base's weights: choose another")
         return self.block(index, index + 1).member(0)
 
     def tensors(self) -> Leaves:
@@ -128,6 +155,7 @@ class ModelSet:
             batchnorm=self.batchnorm,
             notes=self.notes,
             diagnostics=self.diagnostics,
+            failed=self.failed,
             network=self.network,
         )
 
@@ -152,6 +180,7 @@ class ModelSet:
             "batchnorm": self.batchnorm,
             "notes": self.notes,
             "diagnostics": self.diagnostics,
+            "failed": self.failed,
             "settings": self.settings(),
             "network": dict(network) if network else None,
         }
@@ -206,6 +235,34 @@ class StackedSet(ModelSet):
     def restore(cls, tensors: Leaves, settings: dict[str, Any], **common: Any) -> StackedSet:
         """Rebuild the set from its stacked leaves."""
         return cls(params=tensors, **common)
+
+
+@dataclass
+class LinearisedSet(StackedSet):
+    """Members of the linearised network: they say `f(w*) + J (w - w*)`, J the Jacobian at w* on the image at hand.
+
+    origin: w*, for the leaves that vary. A member's leaves are w, with which the network itself says something else.
+    """
+
+    origin: Leaves = field(default_factory=dict)
+    deployable: bool = False
+    kind: ClassVar[str] = "linearised"
+
+    def block(self, start: int, stop: int) -> Block:
+        """Return members `start .. stop - 1` as views of the stacked leaves, to be evaluated by expansion."""
+        return replace(super().block(start, stop), expand_at=self.origin)
+
+    def tensors(self) -> Leaves:
+        """Return the stacked leaves and w*."""
+        return {f"params.{n}": p for n, p in self.params.items()} | {f"origin.{n}": p for n, p in self.origin.items()}
+
+    @classmethod
+    def restore(cls, tensors: Leaves, settings: dict[str, Any], **common: Any) -> LinearisedSet:
+        """Rebuild the set from its stacked leaves and w*."""
+        of = lambda group: {  # noqa: E731
+            n.removeprefix(group): leaf for n, leaf in tensors.items() if n.startswith(group)
+        }
+        return cls(params=of("params."), origin=of("origin."), **common)
 
 
 def stack(members: list[tuple[Leaves, Leaves]], **about: Any) -> StackedSet:
@@ -325,6 +382,24 @@ class KroneckerSet(GaussianSet):
             white = (u.T @ noise.view(len(rows), len(columns)) @ v) / (torch.outer(rows, columns) + self.scale).sqrt()
             parts.append((u @ white @ v.T).reshape(-1))
         return torch.cat(parts)
+
+
+@dataclass
+class DualSet(GaussianSet):
+    """The Gaussian N(mean, (V L V' + a I)^-1): `w = mean + a^(-1/2) z + V ((L + a)^(-1/2) - a^(-1/2)) V' z`.
+
+    The symmetric root of the covariance, as for KroneckerSet. factors: vectors V [param, rank] (orthonormal columns)
+    and values L [rank]; scale: the prior precision a.
+    """
+
+    kind: ClassVar[str] = "dual"
+
+    def perturbation(self, member: int) -> Tensor:
+        """Return isotropic noise, shrunk along the eigenvectors."""
+        vectors, values = self.factors["vectors"], self.factors["values"]
+        noise = self.noise(member, len(vectors)).to(vectors)
+        shrink = (values + self.scale).rsqrt() - self.scale**-0.5
+        return self.scale**-0.5 * noise + vectors @ (shrink.to(vectors) * (vectors.T @ noise))
 
 
 @dataclass

@@ -152,7 +152,9 @@ def _settings(part: str, identity: Mapping[str, Any], component: Component) -> l
 
 def _context(record: Record) -> dict[str, Any]:
     context = {part: record["identity"].get(part) for part in CONTEXT}
-    return context | {"metrics": record["protocol"]["metrics"]} if record["status"] == "ok" else context
+    if record["status"] != "ok":
+        return context
+    return context | {"metrics": record["protocol"]["metrics"], "predictions": record["protocol"].get("predictions")}
 
 
 def _generator(record: Record) -> dict[str, Any]:

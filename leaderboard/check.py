@@ -90,7 +90,7 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
     for name, version in sorted(protocol["metrics"].items()):
         if versions[name] != version:
             differences.append(f"{name}: recorded with version {version} of the metric, this is {versions[name]}")
-    declared = {key: value for key, value in protocol.items() if key != "metrics"}
+    declared = {key: value for key, value in protocol.items() if key not in ("metrics", "predictions")}
     settings = Settings(**declared | {"epsilons": tuple(protocol["epsilons"])})
     try:
         val, test = load_predictions(found[0], data["task"], data.get("positive"))

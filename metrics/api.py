@@ -27,10 +27,11 @@ from ..registries import METRICS
 class Predictions:
     """Logits of a model set and of its base on one view (`val`, `test`, or a shifted view).
 
-    logits: float32 [member, sample, class] ([member, sample, label] if multi-label); base: float32 [sample, class],
-    evaluated in the same call and strategy; labels: int64 [sample] or [sample, label] with -1 = missing;
-    task: binary | multiclass | ordinal | multilabel; positive: index of the positive class of a binary task;
-    patient: int64 codes [sample] or None (then every sample is its own patient); attributes: int64 codes, -1 unknown.
+    logits: float32 or float16 [member, sample, class] ([member, sample, label] if multi-label); base: likewise
+    [sample, class], evaluated in the same call and strategy; labels: int64 [sample] or [sample, label] with -1 =
+    missing; task: binary | multiclass | ordinal | multilabel; positive: index of the positive class of a binary task;
+    patient: int64 codes [sample] or None (then every sample is its own patient); attributes: int64 codes, -1 unknown;
+    failed: indices of members whose making failed: drawn, never accepted.
     """
 
     logits: np.ndarray
@@ -42,6 +43,7 @@ class Predictions:
     patient: np.ndarray | None = None
     ids: np.ndarray | None = None
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
+    failed: tuple[int, ...] = ()
 
 
 LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")

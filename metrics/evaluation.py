@@ -53,12 +53,14 @@ def evaluate(
         check_finite(view)
     if len(val.logits) != len(test.logits):
         raise ValueError(f"{len(val.logits)} members on {val.view}, {len(test.logits)} on {test.view}")
+    if val.failed != test.failed:
+        raise ValueError(f"failed members are {val.failed} on {val.view}, {test.failed} on {test.view}")
     functions = _functions(names)
     who = membership(val, settings)
     accepted = np.flatnonzero(who.accepted(settings.epsilon))
     scores = {**_acceptance(functions, who, settings), **score_view(test, accepted, settings, names)}
-    warning = who.warning(settings.epsilon)
-    return Evaluation(scores, who, accepted, who.epsilon_in_se(settings.epsilon), (warning,) if warning else ())
+    warnings = tuple(w for w in (who.failures(), who.warning(settings.epsilon)) if w)
+    return Evaluation(scores, who, accepted, who.epsilon_in_se(settings.epsilon), warnings)
 
 
 def score_view(
@@ -102,6 +104,8 @@ def check_shapes(predictions: Predictions) -> None:
     for name in wanted:
         if tuple(wanted[name]) != tuple(found[name]):
             raise ValueError(f"{name} on {p.view} has shape {tuple(found[name])}, not {tuple(wanted[name])}")
+    if strangers := set(p.failed) - set(range(len(p.logits))):
+        raise ValueError(f"failed members on {p.view} are {sorted(strangers)}, not in 0..{len(p.logits) - 1}")
     classes = 2 if p.task == "multilabel" else p.base.shape[-1]
     if p.labels.size and not -1 <= p.labels.min() <= p.labels.max() < classes:
         raise ValueError(f"labels on {p.view} lie in {p.labels.min()}..{p.labels.max()}, not in 0..{classes - 1} or -1")

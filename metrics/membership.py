@@ -21,7 +21,8 @@ class Membership:
     """Validation losses and the paired differences `L(member) - L(base)`.
 
     base: the base's loss; members: float64 [member]; difference, se: float64 [member]; low, high: ends of the one-sided
-    95 % intervals of the difference; patients: of the validation split. AUROC and balanced accuracy enter as one minus.
+    95 % intervals of the difference; patients: of the validation split; failed: bool [member], whose making failed:
+    they are in at no epsilon, and their losses are the base's. AUROC and balanced accuracy enter as one minus.
     """
 
     loss: str
@@ -32,22 +33,24 @@ class Membership:
     low: np.ndarray
     high: np.ndarray
     patients: int
+    failed: np.ndarray
 
     def accepted(self, epsilon: float) -> np.ndarray:
         """Return which members are in the set, `L(m) <= L(base) + epsilon`: bool [member]."""
-        return self.difference <= epsilon
+        return (self.difference <= epsilon) & ~self.failed
 
     def certified(self, epsilon: float) -> np.ndarray:
         """Return which members are in with 95 % confidence: the upper end of the difference is at most epsilon."""
-        return self.high <= epsilon
+        return (self.high <= epsilon) & ~self.failed
 
     def possible(self, epsilon: float) -> np.ndarray:
         """Return which members cannot be ruled out: the lower end of the difference is at most epsilon."""
-        return self.low <= epsilon
+        return (self.low <= epsilon) & ~self.failed
 
     def epsilon_in_se(self, epsilon: float) -> float:
         """Return epsilon in units of the median standard error of the paired difference; NaN when that is 0."""
-        se = float(np.median(self.se))
+        made = self.se[~self.failed]
+        se = float(np.median(made)) if made.size else 0.0
         return epsilon / se if se > 0 else float("nan")
 
     def warning(self, epsilon: float) -> str:
@@ -58,6 +61,12 @@ class Membership:
         if self.loss != "zero_one" and units < 2:
             return f"epsilon {epsilon:g} is {units:.1f} standard errors of the paired loss difference on val: under 2"
         return ""
+
+    def failures(self) -> str:
+        """Return how many members failed, and which, or ""."""
+        who = np.flatnonzero(self.failed)
+        named = ", ".join(map(str, who))
+        return f"{len(who)} of {len(self.failed)} members failed and count as drawn: {named}" if named else ""
 
 
 def membership(val: Predictions, settings: Settings) -> Membership:
@@ -75,10 +84,11 @@ def membership(val: Predictions, settings: Settings) -> Membership:
     draws = max(settings.draws, 200) if resampled else 0
     bootstrap = PatientBootstrap(len(val.base), val.patient, draws, settings.seed)
     problems = contexts(val, everyone, bootstrap, settings.seed)
-    return (_resampled if resampled else _normal)(problems, bootstrap, settings.loss)
+    failed = np.isin(everyone, val.failed)
+    return (_resampled if resampled else _normal)(problems, bootstrap, settings.loss, failed)
 
 
-def _normal(problems, bootstrap: PatientBootstrap, loss: str) -> Membership:
+def _normal(problems, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
     parts = []
     for context in problems:
         known = context.known
@@ -95,12 +105,11 @@ def _normal(problems, bootstrap: PatientBootstrap, loss: str) -> Membership:
     with np.errstate(invalid="ignore", divide="ignore"):
         se = np.sqrt(np.float64(patients) / (patients - 1) * (influence**2).sum(axis=1))
     reach = -ndtri(_TAIL) * se
-    return Membership(
-        loss, float(base), base + difference, difference, se, difference - reach, difference + reach, patients
-    )
+    low, high = difference - reach, difference + reach
+    return Membership(loss, float(base), base + difference, difference, se, low, high, patients, failed)
 
 
-def _resampled(problems, bootstrap: PatientBootstrap, loss: str) -> Membership:
+def _resampled(problems, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
     goodness = {"auroc": aurocs, "balanced_accuracy": _balanced_accuracies}[loss]
     parts = []
     for context in problems:
@@ -110,7 +119,7 @@ def _resampled(problems, bootstrap: PatientBootstrap, loss: str) -> Membership:
     base, difference, draws = (np.mean([p[i] for p in parts], axis=0) for i in range(3))
     low, high = np.nanquantile(draws, [_TAIL, 1 - _TAIL], axis=0)
     se = np.nanstd(draws, axis=0)
-    return Membership(loss, float(base), base + difference, difference, se, low, high, bootstrap.patients)
+    return Membership(loss, float(base), base + difference, difference, se, low, high, bootstrap.patients, failed)
 
 
 def _balanced_accuracies(context: Context, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

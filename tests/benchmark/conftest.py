@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from multiplicity_bench.benchmark import cli
+from multiplicity_bench.benchmark.board import tolerance
 from multiplicity_bench.benchmark.spec import Spec, build_spec, register_config
 from multiplicity_bench.benchmark.stages import Run, Session
 
@@ -139,14 +140,14 @@ def run_to_end() -> Callable[[Spec], Finished]:
 
 
 def same_result(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Assert that two records are equal as two runs of one command are: identity, and scores to 1e-6."""
+    """Assert that two records are equal as two runs of one command are: identity, and scores to board.tolerance."""
     assert a["key"] == b["key"] and a["name"] == b["name"]
     assert a["identity"] == b["identity"] and a["protocol"] == b["protocol"] and a["data"] == b["data"]
     assert (a["status"], a["reason"], a["row"]) == (b["status"], b["reason"], b["row"])
     assert a["set"]["accepted"] == b["set"]["accepted"] and a["scores"].keys() == b["scores"].keys()
     for key, score in a["scores"].items():
         for part in ("value", "low", "high"):
-            assert score[part] == pytest.approx(b["scores"][key][part], abs=1e-6), f"{key} {part}"
+            assert score[part] == pytest.approx(b["scores"][key][part], abs=tolerance(a, b)), f"{key} {part}"
 
 
 @pytest.fixture

@@ -121,13 +121,25 @@ def test_a_record_holds_all_that_its_run_depends_on(retrained, make_spec):
     assert spec.settings == make_spec(retrained.folder).settings
 
 
-def test_scores_compare_to_a_millionth_and_a_missing_one_differs():
-    def record(**values):
-        return {"scores": {key: {"value": value} for key, value in values.items()}}
+def test_scores_of_equal_predictions_compare_to_a_millionth_and_a_missing_one_differs():
+    def record(digest="equal", **values):
+        scores = {key: {"value": value} for key, value in values.items()}
+        return {"scores": scores, "predictions": {"digest": digest}}
 
     assert compare(record(a=0.5, b=None), record(a=0.5 + 9e-7, b=None)) == []
     assert compare(record(a=0.5), record(a=0.500002)) == ["a 0.5 -> 0.500002"]
     assert compare(record(a=0.5, b=None), record(b=1.0)) == ["a 0.5 -> None", "b None -> 1.0"]
+    assert compare(record(a=0.5), record("other", a=0.50009)) == []
+    assert compare(record(a=0.5), record("other", a=0.50011)) == ["a 0.5 -> 0.50011"]
+
+
+def test_verify_rerun_refuses_a_record_of_predictions_in_another_precision(leaderboard, copied):
+    record = json.loads(copied.read_text())
+    del record["protocol"]["predictions"]
+    records.write(records.seal(record), copied.parent)
+    assert leaderboard("verify", str(copied)).code == 0
+    answer = leaderboard("verify", str(copied), "--rerun")
+    assert answer.code == 2 and len(answer.err) == 1 and "are not of predictions in float16" in answer.err[0]
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ def test_membership_in_the_record_is_decided_on_val_by_the_stored_losses(retrain
     assert section["accepted"] == within and len(section["val_loss"]) == section["drawn"] == 4
     arrays = load_arrays(retrained.folder / "predictions" / "tiny" / retrained.record["predictions"]["file"])
     labels = torch.from_numpy(arrays["val_labels"])
-    losses = [torch.nn.functional.cross_entropy(torch.from_numpy(member), labels) for member in arrays["val_logits"]]
+    members = torch.from_numpy(arrays["val_logits"]).double()
+    losses = [torch.nn.functional.cross_entropy(member, labels) for member in members]
     assert section["val_loss"] == pytest.approx([float(loss) for loss in losses], abs=1e-6)
 
 
@@ -241,6 +242,31 @@ class Sharing(Generator):
 
         assert torch.equal(problem.part("curvature", {"a": 1.0}, shared)["x"], torch.arange(3.0))
         return StackedSet(problem.members, problem.base.params, problem.base.buffers)
+
+
+@dataclass
+class Failing(Generator):
+    """A generator that cannot make member 1 and gives it the base's weights."""
+
+    def generate(self, problem: Problem, seed: int) -> ModelSet:
+        params = {
+            n: leaf + 0.01 * torch.arange(float(problem.members)).sub(1).view(-1, *[1] * leaf.ndim)
+            for n, leaf in problem.base.params.items()
+        }
+        return StackedSet(problem.members, {}, problem.base.buffers, params=params, failed=[1])
+
+
+def test_a_failed_member_is_named_counted_and_never_accepted(make_spec, tmp_path, run_to_end):
+    spec = make_spec(tmp_path, "epsilon=1000")
+    spec.generator, spec.names["generator"] = Failing(), "failing"
+    run = run_to_end(spec)
+    section, scores = run.record["set"], run.record["scores"]
+    assert (section["drawn"], section["failed"], section["accepted"]) == (4, [1], [0, 2, 3])
+    assert "1 of 4 members failed and count as drawn: 1" in section["notes"]
+    assert [loss is None for loss in section["val_loss"]] == [False, True, False, False]
+    for name in ("acceptance_rate", "acceptance_rate_certified", "acceptance_rate_possible"):
+        assert scores[name]["value"] == 3 / 4
+    assert verify(run.path, tmp_path / "predictions") == []
 
 
 def test_a_part_is_computed_once_for_all_generators_and_each_pays_for_it(make_spec, tmp_path, monkeypatch):

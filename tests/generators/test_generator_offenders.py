@@ -169,6 +169,32 @@ class TrustsAHalfFinishedCheckpoint(Sound):
         return StackedSet(problem.members, {}, dict(problem.base.buffers), params=done)
 
 
+class NamesAStrangerAsFailed(Sound):
+    def generate(self, problem, seed):
+        return replace(self.around(problem, seed), failed=[problem.members])
+
+
+class ForgetsFailuresWhenResumed(Sound):
+    def generate(self, problem, seed):
+        resumed = problem.checkpoint.load("members") is not None
+        problem.checkpoint.save("members", {})
+        return replace(self.around(problem, seed), failed=[] if resumed else [2])
+
+
+@dataclass
+class Silent(DiagonalSet):
+    kind: ClassVar[str] = "test: silent"
+
+    @classmethod
+    def restore(cls, tensors, settings, **common):
+        return super().restore(tensors, settings, **{**common, "failed": []})
+
+
+class LosesItsFailuresWhenSaved(Sound):
+    def generate(self, problem, seed):
+        return replace(self.around(problem, seed, Silent), failed=[0])
+
+
 class GivesAnEmptyReason(Sound):
     def supports(self, problem):
         return ""
@@ -192,6 +218,9 @@ OFFENDERS = {
     DependsOnBlock: "members must not depend on the block",
     LosesItsSeedWhenSaved: "a loaded set must equal the saved one",
     TrustsAHalfFinishedCheckpoint: "resumed after 1 checkpoints",
+    NamesAStrangerAsFailed: r"failed members are indices of the set, each once, in order: \[6\]",
+    ForgetsFailuresWhenResumed: "resumed after 1 checkpoints",
+    LosesItsFailuresWhenSaved: "a loaded set must equal the saved one",
     GivesAnEmptyReason: "returns a reason or None",
 }
 

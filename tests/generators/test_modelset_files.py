@@ -22,6 +22,7 @@ from multiplicity_bench.generators.modelset import (
 )
 from multiplicity_bench.generators.retrain import Retrain
 from multiplicity_bench.generators.swag import SWAG
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 GENERATORS = {
@@ -29,6 +30,7 @@ GENERATORS = {
     "diagonal": Laplace(prior_precision="30"),
     "lowrank": SWAG(epochs=2),
     "kronecker": Laplace(structure="kron", prior_precision="30"),
+    "dual": Laplace(structure="full", prior_precision="30"),
     "output": LogitNoise(),
 }
 MORE = {
@@ -83,7 +85,11 @@ def test_a_loaded_set_equals_the_saved_one(name, drawn, problem, tmp_path):
         for found, wanted in zip(loaded.block(k, k + 1).member(0), original.block(k, k + 1).member(0)):
             assert set(found) == set(wanted)
             for n, leaf in found.items():
-                if original.kind in ("lowrank", "kronecker"):  # products: a tensor's layout may change the last bits
+                if original.kind in (
+                    "lowrank",
+                    "kronecker",
+                    "dual",
+                ):  # products: a tensor's layout may change the last bits
                     torch.testing.assert_close(leaf, wanted[n], rtol=1e-5, atol=1e-6)
                 else:
                     assert torch.equal(leaf, wanted[n])
@@ -102,6 +108,20 @@ def test_a_saved_set_is_tensors_and_json_without_pickle(name, drawn, tmp_path):
     assert entries and all(set(entry) == {"dtype", "shape", "data_offsets"} for entry in entries)
     with pytest.raises(ValueError):
         list(pickletools.genops((tmp_path / FILE).read_bytes()))
+
+
+def test_failed_members_survive_a_file_and_files_from_before_there_were_any_load(drawn, tmp_path):
+    replace(drawn("diagonal"), failed=[0, 2]).save(tmp_path)
+    loaded = ModelSet.load(tmp_path)
+    assert loaded.failed == [0, 2]
+    with pytest.raises(UserError, match="member=2 failed when it was made"):
+        loaded.member(2)
+    assert loaded.member(1)
+    with safe_open(tmp_path / FILE, "pt") as f:
+        about, tensors = json.loads(f.metadata()["about"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    del about["failed"]
+    save_file(tensors, tmp_path / FILE, metadata={"about": json.dumps(about)})
+    assert ModelSet.load(tmp_path).failed == []
 
 
 def test_a_sampled_set_takes_one_set_of_factors_not_one_per_member(drawn, tmp_path):
@@ -238,12 +258,13 @@ def test_shared_leaves_cost_nothing_per_member(drawn, problem):
 
 @pytest.mark.parametrize("name", GENERATORS | MORE)
 def test_a_set_moves_to_a_device_as_a_whole(name, drawn, problem):
-    original = replace(drawn(name), network={"outputs": 3})
+    original = replace(drawn(name), network={"outputs": 3}, failed=[1])
     moved = original.to(torch.device("meta"))
     leaves = {**moved.shared_params, **moved.shared_buffers, **moved.stacked_buffers, **moved.tensors()}
     assert leaves and all(leaf.device.type == "meta" for leaf in leaves.values())
     assert type(moved) is type(original) and moved.network == original.network
     stays = original.to(torch.device("cpu"))
+    assert moved.failed == stays.failed == [1]
     assert (stays.size, stays.notes, stays.deployable, stays.batchnorm, stays.diagnostics) == (
         original.size,
         original.notes,

@@ -28,6 +28,7 @@ def toy_run() -> dict[str, dict]:
 def numbers(record: dict) -> dict:
     """Return what of a record must not move on its own."""
     parts = {name: record["identity"][name]["version"] for name in ("dataset", "network", "training", "generator")}
+    parts["predictions"] = record["protocol"]["predictions"]
     metrics = record["protocol"]["metrics"]
     scores = {key: score for key, score in record["scores"].items() if re.fullmatch(CONTINUOUS, key)}
     return {

@@ -11,6 +11,7 @@ from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard import cli
 from multiplicity_bench.leaderboard.check import check, problems, verify
 from multiplicity_bench.leaderboard.predictions import (
+    arrays_predictions,
     load_predictions,
     predictions_arrays,
     predictions_digest,
@@ -42,6 +43,7 @@ def build(folder, suite):
 
 
 def toy_predictions(seed: int) -> tuple[Predictions, Predictions]:
+    """Return random predictions on val and test, rounded as a run rounds them before it scores them."""
     rng = np.random.default_rng(seed)
 
     def view(name: str, n: int) -> Predictions:
@@ -53,7 +55,7 @@ def toy_predictions(seed: int) -> tuple[Predictions, Predictions]:
             logits, base, labels, "binary", name, 1, rng.integers(0, n // 2, n), np.arange(n), {"sex": sex}
         )
 
-    return view("val", 30), view("test", 40)
+    return arrays_predictions(predictions_arrays(view("val", 30), view("test", 40)), "binary", 1)
 
 
 def one_record(folder, name: str):
@@ -135,7 +137,7 @@ def test_a_record_of_no_cell_and_an_invalid_suite_are_found(board, make_record):
 def test_altered_missing_and_foreign_predictions_are_found(board):
     (path,) = (board / "predictions" / "toy").glob("*-swag-*.npz")
     val, test = load_predictions(path, "binary", 1)
-    test.logits[0, 0, 0] += 1e-3
+    test.logits[0, 0, 0] -= 1
     save_predictions(path, predictions_arrays(val, test))
     (problem,) = problems(board)
     assert "section 'predictions'" in problem and path.stem in problem

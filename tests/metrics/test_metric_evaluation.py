@@ -70,6 +70,26 @@ def test_membership_is_decided_on_val_and_scores_are_of_test(make_predictions):
     assert found.membership.accepted(0.05).sum() == len(found.accepted)
 
 
+def test_failed_members_count_as_drawn_and_are_never_silent(pair):
+    val, test = (replaced(p, failed=(3, 6)) for p in pair)
+    found = evaluate(val, test, LOOSE)
+    assert found.accepted.tolist() == [0, 1, 2, 4, 5, 7]
+    for name in ACCEPTANCE:
+        assert (found.scores[name].value, found.scores[name].n) == (6 / 8, 8), name
+    assert found.warnings[0] == "2 of 8 members failed and count as drawn: 3, 6"
+    rest = [0, 1, 2, 4, 5, 7]
+    alone = evaluate(*(replaced(p, logits=p.logits[rest]) for p in pair), LOOSE)
+    assert all(alone.scores[key] == score for key, score in found.scores.items() if "acceptance" not in key)
+
+
+def test_failed_members_that_are_not_in_the_set_or_differ_between_views_are_refused(pair):
+    val, test = pair
+    with pytest.raises(ValueError, match=r"failed members on val are \[-1, 8\], not in 0..7"):
+        evaluate(replaced(val, failed=(-1, 2, 8)), test)
+    with pytest.raises(ValueError, match=r"failed members are \(1,\) on val, \(\) on test"):
+        evaluate(replaced(val, failed=(1,)), test)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 11])
 def test_identical_members_are_exactly_at_the_null(make_predictions, classes):
     def copies(p):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from multiplicity_bench.metrics.api import LOSSES, Settings, Undefined
@@ -71,6 +73,20 @@ def test_members_equal_to_the_base_are_in_at_any_tolerance(val):
         found = membership(val, Settings(loss=loss))
         assert found.certified(0.0).all() and (found.difference == 0).all()
         assert np.isnan(found.epsilon_in_se(0.05))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_failed_member_is_in_at_no_tolerance(val, loss):
+    failing = replace(val, logits=np.concatenate([val.base[None], val.logits]), failed=(0, 3))
+    found = membership(failing, Settings(loss=loss, draws=200))
+    made = np.isin(np.arange(13), (0, 3), invert=True)
+    for epsilon in (1e6, np.inf):
+        for inside in (found.accepted(epsilon), found.certified(epsilon), found.possible(epsilon)):
+            np.testing.assert_array_equal(inside, made)
+    without = membership(replace(failing, logits=failing.logits[made], failed=()), Settings(loss=loss, draws=200))
+    assert found.epsilon_in_se(0.1) == without.epsilon_in_se(0.1), "it has no standard error of its own"
+    nobody = membership(replace(val, failed=tuple(range(12))), Settings(loss=loss))
+    assert not nobody.possible(np.inf).any() and np.isnan(nobody.epsilon_in_se(0.1))
 
 
 def test_warnings_name_what_the_validation_split_cannot_resolve(val):
