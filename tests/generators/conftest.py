@@ -111,9 +111,10 @@ def worst_moments() -> Callable[[Tensor, Tensor, Tensor], tuple[float, float]]:
 
 @pytest.fixture(scope="session")
 def dense_ggn() -> Callable[..., Tensor]:
-    """Return `dense_ggn(problem, names)`: sum_i J_i' (diag(p_i) - p_i p_i') J_i over train [param, param] in float64.
+    """Return `dense_ggn(problem, names)`: sum_i J_i' H_i J_i over train [param, param] in float64.
 
-    The Jacobians are explicit (reverse mode, one image at a time): an independent way, nothing of laplace-torch.
+    Jacobians and the Hessians H_i of the loss in the logits are explicit (one image at a time): an independent way,
+    nothing of laplace-torch.
     """
 
     def compute(problem: Problem, names: list[str] | None = None) -> Tensor:
@@ -126,11 +127,11 @@ def dense_ggn() -> Callable[..., Tensor]:
             return problem.network({**params, **varied}, buffers, image[None])[0]
 
         total = torch.zeros(())
-        for image in problem.train.images:
+        for image, label in zip(problem.train.images, problem.train.labels):
             jacobians = torch.func.jacrev(logits)(varied, image)
             jacobian = torch.cat([jacobians[k].reshape(problem.classes, -1) for k in names], 1)
-            p = logits(varied, image).softmax(-1)
-            total = total + jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian
+            loss = lambda z, label=label: problem.loss(z[None], label[None])  # noqa: E731
+            total = total + jacobian.T @ torch.func.hessian(loss)(logits(varied, image)) @ jacobian
         return total
 
     return compute

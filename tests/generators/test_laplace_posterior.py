@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from multiplicity_bench.generators.api import Part
-from multiplicity_bench.generators.laplace import Laplace, fit_curvature, leaf_names
+from multiplicity_bench.generators.laplace import Laplace
+from multiplicity_bench.generators.posterior import STRUCTURES, fit_curvature, leaf_names
 from torch.utils.data import DataLoader, TensorDataset
 
 PRECISION = 2.5
@@ -190,7 +191,40 @@ def test_diagonal_draws_have_mean_and_covariance_of_the_posterior(untrained, dra
     assert of_mean < 5 and of_covariance < 5  # as above: the largest of 465
 
 
-@pytest.mark.parametrize("structure", ["diag", "kron"])
+@pytest.mark.parametrize("subset", ["body.4", "body.0+body.13", "body.1+body.4"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_chosen_layers_have_the_posterior_of_their_own_block(structure, subset, untrained, dense_ggn):
+    """What the rest of the network does enters through the Jacobians of the chosen leaves alone."""
+    problem = untrained(**NETWORKS["groupnorm"])
+    names = [n for n in problem.base.params if n.rpartition(".")[0] in subset.split("+")]
+    covered = [n for n in names if structure != "kron" or not n.startswith("body.1.")]
+    drawn = Laplace(structure=structure, subset=subset, prior_precision=str(PRECISION)).generate(problem, 0)
+    assert list(drawn.mean) == covered and set(drawn.shared_params) == set(problem.base.params) - set(covered)
+    assert (drawn.notes == []) == (covered == names)
+    block = dense_ggn(problem, covered)
+    tolerance = 2e-5 * float(block.max())
+    if structure == "diag":
+        torch.testing.assert_close(
+            drawn.factors["sd"].double() ** -2, block.diagonal() + PRECISION, rtol=2e-5, atol=tolerance
+        )
+    elif structure == "full":
+        vectors = drawn.factors["vectors"].double()
+        torch.testing.assert_close(vectors * drawn.factors["values"] @ vectors.T, block, rtol=0, atol=tolerance)
+    else:
+        library = fitted_by_library(problem, "kron", frozen=set(problem.base.params) - set(covered))
+        library.prior_precision = PRECISION
+        wanted = library.posterior_precision.to_matrix(exponent=1).double()
+        torch.testing.assert_close(dense_precision(drawn), wanted, rtol=0, atol=1e-5 * float(wanted.max()))
+
+
+def test_a_layer_that_holds_layers_stands_for_them_all(untrained):
+    module = untrained("resnet18", size=4, n=2).module()
+    block = leaf_names(module, "diag", "body.5")
+    assert len(block) == 9 and all(n.startswith("body.5.") for n in block)
+    assert leaf_names(module, "kron", "body.5") == [n for n in block if "conv" in n or n.endswith("shortcut.0.weight")]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 def test_a_huge_prior_precision_gives_the_base(structure, subset, toy):
     problem = toy("smallcnn", norm="batch", classes=3)

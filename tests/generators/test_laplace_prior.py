@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from multiplicity_bench.benchmark.networks import Network
 from multiplicity_bench.errors import Diverged, UserError
 from multiplicity_bench.generators.api import Part, Trained
 from multiplicity_bench.generators.contract import check_refusal
-from multiplicity_bench.generators.laplace import HIGH, LOW, Laplace, choose_prior, widest
+from multiplicity_bench.generators.laplace import Laplace
+from multiplicity_bench.generators.posterior import STRUCTURES
+from multiplicity_bench.generators.prior import HIGH, LOW, RESOLUTION, choose_prior, reaches_on_tune, widest
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,6 +31,7 @@ def acceptance_on_tune(problem, drawn, epsilon: float) -> float:
     [
         {},
         {"structure": "kron"},
+        {"structure": "full"},
         {"subset": "last_layer"},
         {"target_acceptance": 0.5},
         {"target_epsilon": 0.2, "structure": "kron", "subset": "last_layer"},
@@ -101,23 +105,63 @@ def test_marglik_is_close_to_the_maximum_of_the_evidence(toy):
     assert drawn.diagnostics["prior_precision_marglik"] == pytest.approx(a, rel=0.05)
 
 
-@pytest.mark.parametrize("target", [0.3, 0.9, 1.0])
-@pytest.mark.parametrize("seed", range(5))
-def test_bisection_finds_what_brute_force_finds(target, seed):
-    """On all 2^12 + 1 points of the grid that bisection can reach, for a random rising step function."""
-    steps = torch.sort(LOW + (HIGH - LOW) * torch.rand(20, generator=torch.Generator().manual_seed(seed))).values
+def rising_step(seed: int) -> float:
+    """Return where a random step function starts to hold."""
+    return LOW + (HIGH - LOW) * float(torch.rand(1, generator=torch.Generator().manual_seed(seed)))
 
-    def acceptance(x: float) -> float:
-        return int((steps <= x).sum()) / 20
 
+@pytest.mark.parametrize("seed", range(10))
+def test_bisection_finds_what_brute_force_finds(seed):
+    """On all 2^12 + 1 points of the grid that bisection can reach."""
+    step = rising_step(seed)
     grid = [LOW + (HIGH - LOW) * i / 2**12 for i in range(2**12 + 1)]
-    assert widest(acceptance, target, LOW, HIGH) == next(x for x in grid if acceptance(x) >= target)
+    assert widest(lambda x: x >= step, LOW, HIGH, resolution=RESOLUTION) == next(x for x in grid if x >= step)
 
 
-def test_bisection_stops_at_the_low_end_and_fails_beyond_the_high_end():
-    assert widest(lambda x: 1.0, 0.9, LOW, HIGH) == LOW
-    with pytest.raises(Diverged, match=r"no prior precision up to 1e9 reaches an acceptance of 0\.9 on tune"):
-        widest(lambda x: 0.89, 0.9, LOW, HIGH)
+@pytest.mark.parametrize("stride", [0.5, 0.7, 20.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_search_from_a_start_stops_within_its_resolution_after_the_fewest_tries(seed, stride):
+    step, start, tried = rising_step(seed), rising_step(seed + 100), []
+
+    def reaches(x: float) -> bool:
+        tried.append(x)
+        return x >= step
+
+    found = widest(reaches, LOW, HIGH, start=start, stride=stride, resolution=0.1)
+    assert step <= found < step + 0.1 and found in tried and min(tried) >= LOW and max(tried) <= HIGH
+    strides = abs(start - step) / stride
+    assert tried[0] == start and len(tried) <= 2 + strides + math.ceil(math.log2(min(stride, HIGH - LOW) / 0.1))
+    # What was reached last is what is returned: members of that try are those of the choice.
+    assert found == [x for x in tried if x >= step][-1]
+
+
+@pytest.mark.parametrize("start", [None, -5.0, LOW, 3.0, HIGH, 12.0])
+def test_a_search_stops_at_the_low_end_and_fails_beyond_the_high_end(start):
+    assert widest(lambda x: True, LOW, HIGH, start=start, resolution=0.1) == LOW
+    with pytest.raises(Diverged, match=r"no prior precision up to 1e9 reaches the target acceptance on tune"):
+        widest(lambda x: False, LOW, HIGH, start=start, resolution=0.1)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_an_early_decision_is_the_one_that_counting_all_members_takes(seed, target, toy):
+    problem = toy()
+    base = problem.tune_loss(problem.base.params, problem.base.buffers)
+    random = torch.rand(25, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    inside = random < (target + 0.1 * (seed % 3 - 1))  # shares on both sides of the target
+    losses = [base + (0.04 if within else (0.06, math.nan, math.inf)[k % 3]) for k, within in enumerate(inside)]
+    asked = []
+
+    def loss(k: int) -> float:
+        asked.append(k)
+        return losses[k]
+
+    decision = reaches_on_tune(problem, loss, 25, 0.05, target)
+    assert decision == (int(inside.sum()) / 25 >= target)
+    assert asked == list(range(len(asked))), "members are asked for in order, none twice"
+    # One member fewer would have left both decisions open.
+    known = int(inside[: len(asked) - 1].sum())
+    assert known / 25 < target <= (known + 25 - len(asked) + 1) / 25
 
 
 def test_a_number_and_marglik_cost_no_draws(toy):
@@ -136,9 +180,7 @@ def test_two_spellings_of_a_number_are_one_setting(first, second):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"structure": "full"}, "generator.structure=full"),
         ({"structure": "krno"}, "did you mean 'kron'"),
-        ({"subset": "first_layer"}, "did you mean 'last_layer'"),
         ({"batchnorm": "update"}, "generator.batchnorm=update"),
         ({"prior_precision": "marglike"}, "did you mean 'marglik'"),
         ({"prior_precision": "0"}, "must be a positive number"),
@@ -216,6 +258,29 @@ def test_a_network_without_a_linear_layer_has_no_last_layer(toy):
         reason = check_refusal(Laplace(structure=structure, subset="last_layer"), problem)
         assert "no layer that" in reason and "last_layer" in reason
     assert Laplace(structure="kron", prior_precision="10").generate(problem, 0).size == problem.members
+
+
+@pytest.mark.parametrize(
+    ("subset", "message"),
+    [
+        ("first_layer", "no layer 'first_layer': did you mean 'last_layer'"),
+        ("body.1+body.33", "no layer 'body.33': did you mean 'body.3'"),
+        ("body.1+", "no layer ''"),
+        ("all+body.1", "no layer 'all'"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_one_line_with_close_names(subset, message, toy):
+    for structure in STRUCTURES:
+        laplace = Laplace(structure=structure, subset=subset, prior_precision="3")
+        for act in (lambda: laplace.supports(toy()), lambda: laplace.generate(toy(), 0)):  # noqa: B023
+            with pytest.raises(UserError) as caught:
+                act()
+            assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_order_of_layers_means_nothing():
+    first, second = Laplace(subset="body.3+body.1"), Laplace(subset="body.1+body.3+body.1")
+    assert first == second and first.subset == "body.1+body.3"
 
 
 def test_layers_without_kronecker_factors_are_a_skip_of_kfac_alone(toy):
