@@ -1,0 +1,197 @@
+"""Dormand-Prince 5(4): geodesics as a first-order equation in (c, c'), the reference among the integrators.
+
+Seven stages of which the last is the next step's first, so that a step takes six evaluations of c' H c' (Dormand,
+Prince 1980; Hairer, Norsett, Wanner 1993, II.5). The last stage also holds L and the gradient at the new point, so that
+the speed, and with it the drift, cost nothing.
+
+*The norm of an error.* A mean over the weights hides a few stiff directions among many lazy ones, and so does the
+largest weight when a stiff direction is spread over all of them: either sees 1/sqrt(params) of it. Errors are measured
+here as the surface measures lengths, `|e|_M = sqrt(|e|^2 + tau^2 (g . e)^2)`: nothing is averaged, and the gradient,
+the direction in which the equation is stiff, counts by its slope. The speed is conserved in the same norm, so the
+tolerance is relative to it: `max(|e_c|_M, |e_c'|_M) <= atol + rtol speed(0)` in every step.
+
+*Creases.* Where ReLU or max-pooling crease the loss, the gradient jumps and c' H c' is blind to it: members pass
+straight on where a geodesic is refracted, at any tolerance. The speed then drifts, and a finite `drift` ends in steps
+too short to go on with: on such networks take an integrator that goes by gradients alone (`rattle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .geodesic import Solution, Surface, dot, speed
+
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+"""Weights of the earlier stages in stages 2 to 7; the last row is the solution of order 5."""
+
+ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+"""Order 5 minus order 4."""
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
+
+SHORTEST = 1e-10
+"""A member that needs a shorter step than this share of the way is given up."""
+
+TINY = 1e-300
+"""Least error allowed: members that do not move make none."""
+
+
+@dataclass
+class DormandPrince:
+    """Adaptive Dormand-Prince 5(4), one step size per member.
+
+    rtol, atol: tolerances of one step (see the module); drift: largest relative change of the speed over the whole
+    path: at time t it may be off by drift * t; first_step, max_step: lengths of steps; max_steps: tried steps after
+    which a member is given up. With tolerances of inf and first_step >= max_step all steps are max_step long.
+    """
+
+    rtol: float = 1e-6
+    atol: float = 1e-6
+    drift: float = inf
+    first_step: float = 1.0
+    max_step: float = 1.0
+    max_steps: int = 1000
+    bounded = True
+
+    def solve(self, surface: Surface, tau: float, start: Tensor, velocity: Tensor) -> Solution:
+        """Return where members with `velocity` [member, param] get from `start` [member, param] in unit time."""
+        solution = Solution.begin(start, velocity)
+        solution.curvatures += 1
+
+        def attempt(rows: Tensor, before: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
+            solution.curvatures[rows] += len(STAGES)
+            return self._step(surface, tau, before, initial)
+
+        state = Motion.begin(surface, tau, start, velocity, min(self.first_step, self.max_step))
+        march(solution, state, self.max_steps, attempt)
+        return solution
+
+    def _step(self, surface: Surface, tau: float, s: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
+        """Return the state after one step, and its error as a multiple of what is allowed [member]."""
+        h = s.length()
+        column = h[:, None].to(s.weights)
+        slopes, forces = [s.velocity], [s.acceleration]
+        for row in STAGES:
+            weights = s.weights + column * combine(row, slopes)
+            velocity = s.velocity + column * combine(row, forces)
+            value, gradient, curved = surface.curvature(weights, velocity)
+            slopes.append(velocity)
+            forces.append(acceleration(gradient, curved, tau))
+        after = Motion(weights, velocity, forces[-1], value, speed(velocity, gradient, tau), s.time + h, h)
+        errors = (speed(column * combine(ERROR, e), gradient, tau) for e in (slopes, forces))
+        error = torch.maximum(*errors) / (self.atol + self.rtol * initial).clamp(min=TINY)
+        share = share_of_drift(self.drift, s, after, gradient, tau, initial)
+        error = torch.maximum(error, share).nan_to_num(nan=inf)
+        after.step = (h * (SAFETY * error**-0.2).clamp(SHRINK, GROW)).clamp(max=self.max_step)
+        return after, error
+
+
+@dataclass
+class Motion:
+    """Position and its derivatives [member, param], L, speed, time and next step's length [member] of some members."""
+
+    weights: Tensor
+    velocity: Tensor
+    acceleration: Tensor
+    value: Tensor
+    speed: Tensor
+    time: Tensor
+    step: Tensor
+
+    @staticmethod
+    def begin(surface: Surface, tau: float, start: Tensor, velocity: Tensor, step: float) -> Motion:
+        """Return the motion at time 0, for one evaluation of c' H c'."""
+        value, gradient, curved = surface.curvature(start, velocity)
+        initial = speed(velocity, gradient, tau)
+        time, length = torch.zeros_like(initial), torch.full_like(initial, step)
+        return Motion(
+            start.clone(), velocity.clone(), acceleration(gradient, curved, tau), value, initial, time, length
+        )
+
+    def length(self) -> Tensor:
+        """Return the length of the step to try [member]: the planned one, or what is left where that is no more."""
+        left = 1 - self.time
+        return torch.where(self.step >= left * (1 - 1e-9), left, self.step)
+
+    def rows(self, index: Tensor) -> Self:
+        """Return the motion of some members only."""
+        return type(self)(*(leaf[index] for leaf in vars(self).values()))
+
+    def put(self, index: Tensor, other: Self) -> None:
+        """Replace the motion of some members."""
+        for leaf, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            leaf[index] = new
+
+
+def march(
+    solution: Solution,
+    state: Motion,
+    max_steps: int,
+    attempt: Callable[[Tensor, Any, Tensor], tuple[Any, Tensor]],
+) -> None:
+    """Move `state` to time 1, member by member, and record the path in `solution`.
+
+    attempt: (rows, their state, their initial speed) -> their state after a step, whose `step` is the next one's
+    length, and the step's error [member] as a multiple of what is allowed.
+    """
+    initial = state.speed.clone()
+    active = torch.isfinite(state.value) & torch.isfinite(initial) & torch.isfinite(state.acceleration).all(1)
+    while bool(active.any()):
+        rows = active.nonzero()[:, 0]
+        after, error = attempt(rows, state.rows(rows), initial[rows])
+        accepted = error <= 1
+        state.step[rows] = after.step
+        state.put(rows[accepted], after.rows(accepted))
+        solution.steps[rows] += accepted
+        solution.rejected[rows] += ~accepted
+        off = relative(state.speed[rows] - initial[rows], initial[rows])
+        solution.drift[rows] = torch.maximum(solution.drift[rows], off)
+        solution.reached |= active & (state.time >= 1 - 1e-12)
+        hopeless = (solution.steps + solution.rejected >= max_steps) | (state.step < SHORTEST)
+        active &= ~solution.reached & ~hopeless
+    solution.weights, solution.velocity, solution.value = state.weights, state.velocity, state.value
+
+
+def share_of_drift(
+    drift: float, before: Motion, after: Motion, gradient: Tensor, tau: float, initial: Tensor
+) -> Tensor:
+    """Return a step's change of the speed as a multiple of what is allowed [member]; gradient: where the step ends.
+
+    At time t the speed may be off by drift * t: a step may use its own share and what earlier steps have saved.
+    """
+    # The speed of rounded weights is known to the rounding of g . c' only, however short the step.
+    noise = torch.finfo(gradient.dtype).eps * (1 + tau**2 * dot(gradient, gradient)).sqrt()
+    allowed = drift * after.time - relative(before.speed - initial, initial) + noise
+    return relative(after.speed - before.speed, initial) / allowed.clamp(min=TINY)
+
+
+def acceleration(gradient: Tensor, curved: Tensor, tau: float) -> Tensor:
+    """Return c'' = -tau^2 g (c' H c') / (1 + tau^2 |g|^2) [member, param] for c' H c' [member]."""
+    pull = -(tau**2) * curved / (1 + tau**2 * dot(gradient, gradient))
+    return pull[:, None].to(gradient.dtype) * gradient
+
+
+def combine(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
+    """Return the sum of `terms` [member, param] with `weights`."""
+    total = weights[0] * terms[0]
+    for weight, term in zip(weights[1:], terms[1:], strict=True):
+        total.add_(term, alpha=weight)
+    return total
+
+
+def relative(change: Tensor, initial: Tensor) -> Tensor:
+    """Return |change| as a share of the speed `initial` [member]; 0 where nothing moves."""
+    return torch.where(initial > 0, (change / initial).abs(), 0.0)

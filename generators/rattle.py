@@ -1,0 +1,252 @@
+"""RATTLE on the loss surface: geodesics from gradients alone (Andersen 1983; Hairer, Lubich, Wanner 2006, VII.1.4).
+
+A geodesic is the free motion of a particle that is held on the surface y = tau L(w) in the space of (w, y). One step of
+length h from (w, y) with velocity (u, nu), along the normal G = (-tau g, 1):
+
+    w+ = w + h u + m tau g,  y+ = y + h nu - m,  m such that y+ = tau L(w+)       (the impulse that keeps it on)
+    u  = (w+ - w) / h,  nu = (y+ - y) / h,  then projected onto the tangent space at w+
+
+Second order, reversible, no second derivatives. With *gravity* and *friction* (both 0 for a geodesic) the particle is
+pulled down along y and loses speed at a rate: half of either acts before, half after the free step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .geodesic import Solution, Surface, dot
+
+SAFETY, SHRINK, GROW, FAIL = 0.85, 0.2, 2.0, 0.3
+TRIALS = 5
+"""Trials of the impulse; a step that needs more is too long."""
+
+IMPULSE = 0.5
+"""Largest impulse of half a step as a share of the speed: beyond it a step turns too far for its error to be seen."""
+
+SHARE = 0.03
+"""Shortest step, as a share of the time, whose error must be in proportion. At the bottom of a narrow valley the first
+bends are short and steep; asking more of them would end in steps so short that rounding decides."""
+
+
+@dataclass
+class Rattle:
+    """Adaptive RATTLE, one step size per member.
+
+    drift: aim for the largest relative change of the speed over the path: a step of length h may change it by
+    drift * h; first_step, max_step: lengths of steps; max_steps: tried steps after which a member is given up;
+    duration: time of the motion; gravity, friction: see the module (with them the energy balance takes the place of
+    the speed in the control of the step).
+    """
+
+    drift: float = 0.01
+    first_step: float = 0.5
+    max_step: float = 1.0
+    max_steps: int = 2000
+    duration: float = 1.0
+    gravity: float = 0.0
+    friction: float = 0.0
+    bounded = True
+
+    def solve(self, surface: Surface, tau: float, start: Tensor, velocity: Tensor) -> Solution:
+        """Return where members with `velocity` [member, param] get from `start` [member, param]."""
+        solution = Solution.begin(start, velocity)
+        value, gradient = surface.gradient(start)
+        rise = tau * dot(gradient, velocity)
+        zeros = torch.zeros_like(rise)
+        steps = torch.full_like(rise, min(self.first_step, self.max_step) * self.duration)
+        state = _State(start.clone(), velocity.clone(), rise, value, gradient, zeros, zeros == 0, zeros, steps)
+        initial = state.speed()
+        tried = torch.zeros_like(solution.steps)
+        active = torch.isfinite(value) & torch.isfinite(initial)
+        while bool(active.any()):
+            rows = active.nonzero()[:, 0]
+            before = state.rows(rows)
+            left = self.duration - before.time
+            length = torch.where(before.step >= left * (1 - 1e-9), left, before.step)
+            after, work, solved = self._step(surface, tau, before, length)
+            solution.gradients[rows] += work[0]
+            solution.values[rows] += work[1]
+            tried[rows] += 1
+            error = self._error(tau, before, after, length)
+            allowed = self.drift * (length / self.duration).clamp(min=SHARE)
+            accepted = solved & (error <= allowed)
+            growth = (SAFETY * (allowed / error.clamp(min=1e-300)).sqrt()).clamp(SHRINK, GROW)
+            after.step = (length * torch.where(solved, growth, FAIL)).clamp(max=self.max_step * self.duration)
+            before.step = after.step
+            before.smooth = torch.zeros_like(before.smooth)
+            state.put(rows, before.where(accepted, after))
+            solution.steps[rows] += accepted.long()
+            solution.rejected[rows] += (~accepted).long()
+            change = (state.speed()[rows] / initial[rows].clamp(min=1e-300) - 1).abs() * (initial[rows] > 0)
+            solution.drift[rows] = torch.maximum(solution.drift[rows], change)
+            arrived = state.time >= self.duration * (1 - 1e-12)
+            solution.reached |= active & arrived
+            active &= ~arrived & (tried < self.max_steps) & (state.step > 1e-10 * self.duration)
+        solution.weights, solution.velocity, solution.value = state.weights, state.velocity, state.value
+        return solution
+
+    def _step(self, surface: Surface, tau: float, s: _State, h: Tensor) -> tuple[_State, Tensor, Tensor]:
+        """Return the state after a step of lengths h [member], gradients and values it took, and if it was solved."""
+        velocity, rise = self._kick(tau, s.velocity, s.rise, s.gradient, h)
+        path = (dot(velocity, velocity) + rise**2).sqrt() * h
+        tolerance = 0.5 * self.drift * path
+        drifted = s.weights + _column(h, s) * velocity
+        landed = _land(surface, tau, s, drifted, h * rise, 0.5 * h**2 * s.pull / s.steep(tau), tolerance)
+        push = landed.impulse / h
+        moved = velocity + _column(push * tau, s) * s.gradient
+        normal = 1 + tau**2 * dot(landed.gradient, landed.gradient)
+        off = (rise - push - tau * dot(landed.gradient, moved)) / normal
+        # (u, nu) - G (G . (u, nu)) / |G|^2, G = (-tau g, 1)
+        tangent = moved + _column(off * tau, s) * landed.gradient
+        tangent, rise = self._kick(tau, tangent, tau * dot(landed.gradient, tangent), landed.gradient, h)
+        solved = landed.solved & (landed.impulse.abs() * s.steep(tau).sqrt() <= IMPULSE * path)
+        solved &= (1 + tau**2 * dot(landed.gradient, s.gradient) > 0) & torch.isfinite(dot(tangent, tangent))
+        pull = 2 * landed.impulse / h**2 * s.steep(tau)
+        smooth = landed.values == 0
+        after = _State(landed.weights, tangent, rise, landed.value, landed.gradient, pull, smooth, s.time + h, h)
+        return after, torch.stack([landed.gradients, landed.values]), solved
+
+    def _kick(self, tau: float, velocity: Tensor, rise: Tensor, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return velocity and rise after half a step of gravity (its tangential part) and of friction."""
+        if self.gravity:
+            fall = 0.5 * h * self.gravity * tau / (1 + tau**2 * dot(gradient, gradient))
+            velocity = velocity - fall[:, None].to(velocity) * gradient
+            rise = tau * dot(gradient, velocity)
+        if self.friction:
+            kept = torch.exp(-0.5 * self.friction * h)
+            velocity, rise = velocity * kept[:, None].to(velocity), rise * kept
+        return velocity, rise
+
+    def _error(self, tau: float, before: _State, after: _State, h: Tensor) -> Tensor:
+        """Return by how much, relatively, a step changed the speed; with forces, half that of the energy balance."""
+        then, now = before.speed() ** 2, after.speed() ** 2
+        if not (self.gravity or self.friction):
+            return ((now / then.clamp(min=1e-300)).sqrt() - 1).abs() * (then > 0)
+        lost = self.friction * h * (then + now)  # twice the work of friction, by the trapezoidal rule
+        fallen = 2 * self.gravity * tau * (before.value - after.value)
+        return 0.5 * (now + lost - then - fallen).abs() / torch.maximum(then, now).clamp(min=1e-12)
+
+
+@dataclass
+class _State:
+    """Position, velocity and surface of some members.
+
+    pull: minus the normal acceleration times |G|^2, from the last impulse; smooth: whether it predicted this one.
+    """
+
+    weights: Tensor
+    velocity: Tensor
+    rise: Tensor
+    value: Tensor
+    gradient: Tensor
+    pull: Tensor
+    smooth: Tensor
+    time: Tensor
+    step: Tensor
+
+    def speed(self) -> Tensor:
+        """Return the speed on the surface [member]."""
+        return (dot(self.velocity, self.velocity) + self.rise**2).sqrt()
+
+    def steep(self, tau: float) -> Tensor:
+        """Return |G|^2 = 1 + tau^2 |g|^2 [member]."""
+        return 1 + tau**2 * dot(self.gradient, self.gradient)
+
+    def rows(self, index: Tensor) -> _State:
+        return _State(*(leaf[index] for leaf in vars(self).values()))
+
+    def put(self, index: Tensor, other: _State) -> None:
+        for name, new in vars(other).items():
+            leaf = getattr(self, name).clone()
+            leaf[index] = new
+            setattr(self, name, leaf)
+
+    def where(self, chosen: Tensor, other: _State) -> _State:
+        """Return `other` for the chosen members, self for the rest."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _State(*(torch.where(chosen if a.ndim == 1 else chosen[:, None], b, a) for a, b in pairs))
+
+
+@dataclass
+class _Landed:
+    """Where the impulse brought some members, and the work [member] of finding it."""
+
+    weights: Tensor
+    value: Tensor
+    gradient: Tensor
+    impulse: Tensor
+    solved: Tensor
+    gradients: Tensor
+    values: Tensor
+
+
+def _land(
+    surface: Surface, tau: float, s: _State, drifted: Tensor, rise: Tensor, impulse: Tensor, tolerance: Tensor
+) -> _Landed:
+    """Find m with `tau (L(drifted + m tau g) - L) - rise + m = 0`, each [member].
+
+    Moving m by d moves the point by `d tau |g| |G|` on the surface, and not at all where the start is stationary: that,
+    not what is missed, must be within the tolerance. Where the last impulse was predicted well the first trial is made
+    with its gradient, which the step needs in the end; elsewhere trials take values alone, a third of the price, and
+    the secant rule.
+    """
+    count = torch.zeros_like(impulse, dtype=torch.int64)
+    landed = _Landed(
+        s.weights.clone(), s.value.clone(), s.gradient.clone(), impulse.clone(), count < 0, count.clone(), count
+    )
+    slope = s.steep(tau)
+    reach = (slope * (slope - 1)).clamp(min=0).sqrt()
+
+    def miss(rows: Tensor, value: Tensor) -> Tensor:
+        return tau * (value - s.value[rows]) - rise[rows] + landed.impulse[rows]
+
+    def trial(rows: Tensor) -> Tensor:
+        return drifted[rows] + _column(landed.impulse[rows] * tau, s) * s.gradient[rows]
+
+    def correct(rows: Tensor, missed: Tensor) -> Tensor:
+        """Correct the impulses, and return whose trial point was as good as the corrected one."""
+        change = missed / slope[rows]
+        landed.impulse[rows] -= change
+        return (change.abs() * reach[rows] <= tolerance[rows]) | (missed.abs() <= rounding(s, tau)[rows])
+
+    def with_gradient(rows: Tensor) -> None:
+        point = trial(rows)
+        value, gradient = surface.gradient(point)
+        landed.weights[rows], landed.value[rows], landed.gradient[rows] = point, value, gradient
+        landed.gradients[rows] += 1
+        exact = 1 + tau**2 * dot(gradient, s.gradient[rows])
+        slope[rows] = torch.where(exact > 0, exact, slope[rows])
+        landed.solved[rows] = correct(rows, miss(rows, value))
+
+    if len(rows := s.smooth.nonzero()[:, 0]):
+        with_gradient(rows)
+    found = landed.solved.clone()
+    last = torch.full_like(impulse, torch.nan), torch.full_like(impulse, torch.nan)
+    for _ in range(TRIALS):
+        rows = (~found & torch.isfinite(landed.impulse)).nonzero()[:, 0]
+        if not len(rows):
+            break
+        here, missed = landed.impulse[rows].clone(), miss(rows, surface.value(trial(rows)))
+        landed.values[rows] += 1
+        secant = (missed - last[1][rows]) / (here - last[0][rows])
+        usable = (secant > 0.05 * slope[rows]) & (secant < 20 * slope[rows])  # also false for the first trial's NaN
+        slope[rows] = torch.where(usable, secant, slope[rows])
+        last[0][rows], last[1][rows] = here, missed
+        found[rows] = correct(rows, missed)
+    if len(rows := (found & ~landed.solved).nonzero()[:, 0]):
+        with_gradient(rows)
+    landed.solved &= torch.isfinite(landed.value)
+    return landed
+
+
+def _column(values: Tensor, s: _State) -> Tensor:
+    """Return [member] as a column in the dtype of the weights."""
+    return values[:, None].to(s.weights.dtype)
+
+
+def rounding(s: _State, tau: float) -> Tensor:
+    """Return the rounding error of tau (L(w+) - L(w)) [member], below which the impulse cannot be found."""
+    return 0.5 * torch.finfo(s.weights.dtype).eps * tau * (1 + s.value.abs())
