@@ -2,7 +2,11 @@
 
 A ratio is baseline / ours at equal work: above 1, ours is faster. Each pair is timed alternately (ours, baseline, ours,
 ...), at least five times after a warm-up, with the device synchronised; the table shows medians and the spread
-(maximum - minimum) / median of ours. Baselines are plain PyTorch or numpy as a careful user would write them.
+(maximum - minimum) / median of ours. Baselines are plain PyTorch or numpy as a careful user would write them. Rows of
+geodesics take minutes: they run on one thread either side and are timed less often and on fewer members, each says how.
+
+Arguments measure a subset, which replaces the rows and figures of those names and keeps the others:
+`python -m multiplicity_bench.benchmark.speed geodesic_mlp_s100 growth_with_images`.
 """
 
 from __future__ import annotations
@@ -36,20 +40,41 @@ HERE = Path(__file__).parent
 REPEATS = 5
 
 
-def main() -> None:
-    """Measure every row on the CPU, and on a GPU where there is one; write SPEED.md and speed.json."""
+def main(names: list[str]) -> None:
+    """Measure the named rows and figures (none: all), on the CPU and on a GPU where there is one; write both files."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    rows, figures = [], []
-    for device in devices:
-        for measure in MEASURES:
-            rows.append(measure(device))
-            print(f"{rows[-1]['name']:<28} {device.type:<5} {rows[-1]['ratio']:.2f} x", file=sys.stderr)
-    for figure in (phantom_rate, memory_of_1000_members):
-        figures.append(figure())
-        print(": ".join(figures[-1]), file=sys.stderr)
+    measures, figures = all_measures()
+    known = {f.__name__ for f in (*measures, *figures)}
+    if unknown := sorted(set(names) - known):
+        raise SystemExit(f"{unknown[0]} is no row or figure: {', '.join(sorted(known))}")
+    chosen = set(names) or known
+    results: dict[str, list[dict[str, Any]]] = {}
+    for measure in measures:
+        if (name := measure.__name__) in chosen:
+            results[name] = [measure(device) for device in devices] if measure in MEASURES else [measure()]
+            for row in results[name]:
+                print(f"{name:<28} {row['device']:<5} {row['ratio']:.2f} x", file=sys.stderr)
+    values = dict([figure() for figure in figures if figure.__name__ in chosen])
+    for what, value in values.items():
+        print(f"{what}: {value}", file=sys.stderr)
+    kept: list[dict[str, Any]] = []
+    if names:  # what was not measured now stays
+        kept = [r for r in json.loads((HERE / "speed.json").read_text(encoding="utf-8")) if r["name"] not in results]
+        values = _figures((HERE / "SPEED.md").read_text(encoding="utf-8")) | values
+    order = [f.__name__ for f in measures]
+    rows = [row for row in (*kept, *(row for found in results.values() for row in found)) if row["name"] in order]
+    rows.sort(key=lambda row: (row["device"], order.index(row["name"])))
     (HERE / "speed.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (HERE / "SPEED.md").write_text(render(rows, figures, devices), encoding="utf-8")
+    (HERE / "SPEED.md").write_text(render(rows, values, devices), encoding="utf-8")
     print(f"{HERE / 'SPEED.md'}")
+
+
+def all_measures() -> tuple[list[Callable[..., dict[str, Any]]], list[Callable[[], tuple[str, str]]]]:
+    """Return the functions that measure rows, and those that measure figures."""
+    from . import speed_geodesics
+
+    figures = [phantom_rate, memory_of_1000_members, *speed_geodesics.FIGURES]
+    return [*MEASURES, *speed_geodesics.MEASURES], figures
 
 
 def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
@@ -167,7 +192,7 @@ def memory_of_1000_members() -> tuple[str, str]:
 
 
 MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
-MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
+FIGURES_HEAD = "| figure | measured |"
 VIEWS = (("val", slice(0, 2000)), ("test", slice(2000, 10_000)))
 
 
@@ -186,7 +211,14 @@ def _diagonal_set(network: Network, members: int, device: torch.device) -> Diago
     return DiagonalSet(members, {}, buffers, mean=params, factors={"sd": sd})
 
 
-def render(rows: list[dict[str, Any]], figures: list[tuple[str, str]], devices: list[torch.device]) -> str:
+def _figures(text: str) -> dict[str, str]:
+    """Return the figures of an earlier SPEED.md: they stand nowhere else."""
+    table = text.partition(FIGURES_HEAD)[2].strip().splitlines()[1:]
+    cells = [line.strip("| ").partition(" | ") for line in table]
+    return {what: value for what, _, value in cells}
+
+
+def render(rows: list[dict[str, Any]], figures: dict[str, str], devices: list[torch.device]) -> str:
     """Return SPEED.md."""
     lines = ["# What things cost", "", *(__doc__ or "").strip().splitlines()[2:], ""]
     lines += [f"CPU: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}."]
@@ -196,10 +228,14 @@ def render(rows: list[dict[str, Any]], figures: list[tuple[str, str]], devices: 
     for row in rows:
         cells = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
         lines.append(f"| {row['name']} | {row['device']} | {cells} |")
-    lines += ["", *(f"- `{f.__name__}`: {' '.join((f.__doc__ or '').split())}" for f in MEASURES), ""]
-    lines += ["| figure | measured |", "|---|---|", *(f"| {what} | {value} |" for what, value in figures), ""]
+    texts = {row["name"]: f" Measured: {row['text']}." for row in rows if row.get("text")}
+    lines += [""]
+    lines += [
+        f"- `{f.__name__}`: {' '.join((f.__doc__ or '').split())}{texts.get(f.__name__, '')}" for f in all_measures()[0]
+    ]
+    lines += ["", FIGURES_HEAD, "|---|---|", *(f"| {what} | {value} |" for what, value in figures.items()), ""]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

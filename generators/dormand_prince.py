@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,47 @@ TINY = 1e-300
 
 
 @dataclass
+class Bend:
+    """What a metric says about members at some weights with some velocity.
+
+    acceleration: c'' of a geodesic [member, param]; length: vectors [member, param] -> their lengths [member] in the
+    metric there; noise: relative rounding error of the velocity's length [member]; value: L [member], where there is
+    one, else 0.
+    """
+
+    acceleration: Tensor
+    length: Callable[[Tensor], Tensor]
+    noise: Tensor
+    value: Tensor
+
+
+class Metric(Protocol):
+    """A metric whose geodesics can be integrated."""
+
+    def bend(self, weights: Tensor, velocity: Tensor) -> Bend:
+        """Return what is needed of the metric at `weights` [member, param] for `velocity` [member, param]."""
+        ...
+
+
+@dataclass
+class LossMetric:
+    """The metric I + tau^2 g g' of the surface y = tau L."""
+
+    surface: Surface
+    tau: float
+
+    def bend(self, weights: Tensor, velocity: Tensor) -> Bend:
+        """Return the acceleration by one evaluation of c' H c'."""
+        value, gradient, curved = self.surface.curvature(weights, velocity)
+        return Bend(
+            acceleration(gradient, curved, self.tau),
+            lambda vectors: speed(vectors, gradient, self.tau),
+            rounding(gradient, self.tau),
+            value,
+        )
+
+
+@dataclass
 class DormandPrince:
     """Adaptive Dormand-Prince 5(4), one step size per member.
 
@@ -68,18 +109,22 @@ class DormandPrince:
 
     def solve(self, surface: Surface, tau: float, start: Tensor, velocity: Tensor) -> Solution:
         """Return where members with `velocity` [member, param] get from `start` [member, param] in unit time."""
+        return self.integrate(LossMetric(surface, tau), start, velocity)
+
+    def integrate(self, metric: Metric, start: Tensor, velocity: Tensor) -> Solution:
+        """Return the same for any metric; curvatures: how often it was asked for an acceleration."""
         solution = Solution.begin(start, velocity)
         solution.curvatures += 1
 
         def attempt(rows: Tensor, before: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
             solution.curvatures[rows] += len(STAGES)
-            return self._step(surface, tau, before, initial)
+            return self._step(metric, before, initial)
 
-        state = Motion.begin(surface, tau, start, velocity, min(self.first_step, self.max_step))
+        state = Motion.of(metric, start, velocity, min(self.first_step, self.max_step))
         march(solution, state, self.max_steps, attempt)
         return solution
 
-    def _step(self, surface: Surface, tau: float, s: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
+    def _step(self, metric: Metric, s: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
         """Return the state after one step, and its error as a multiple of what is allowed [member]."""
         h = s.length()
         column = h[:, None].to(s.weights)
@@ -87,13 +132,13 @@ class DormandPrince:
         for row in STAGES:
             weights = s.weights + column * combine(row, slopes)
             velocity = s.velocity + column * combine(row, forces)
-            value, gradient, curved = surface.curvature(weights, velocity)
+            bend = metric.bend(weights, velocity)
             slopes.append(velocity)
-            forces.append(acceleration(gradient, curved, tau))
-        after = Motion(weights, velocity, forces[-1], value, speed(velocity, gradient, tau), s.time + h, h)
-        errors = (speed(column * combine(ERROR, e), gradient, tau) for e in (slopes, forces))
+            forces.append(bend.acceleration)
+        after = Motion(weights, velocity, bend.acceleration, bend.value, bend.length(velocity), s.time + h, h)
+        errors = (bend.length(column * combine(ERROR, e)) for e in (slopes, forces))
         error = torch.maximum(*errors) / (self.atol + self.rtol * initial).clamp(min=TINY)
-        share = share_of_drift(self.drift, s, after, gradient, tau, initial)
+        share = _share_of_drift(self.drift, s, after, bend.noise, initial)
         error = torch.maximum(error, share).nan_to_num(nan=inf)
         after.step = (h * (SAFETY * error**-0.2).clamp(SHRINK, GROW)).clamp(max=self.max_step)
         return after, error
@@ -114,12 +159,15 @@ class Motion:
     @staticmethod
     def begin(surface: Surface, tau: float, start: Tensor, velocity: Tensor, step: float) -> Motion:
         """Return the motion at time 0, for one evaluation of c' H c'."""
-        value, gradient, curved = surface.curvature(start, velocity)
-        initial = speed(velocity, gradient, tau)
+        return Motion.of(LossMetric(surface, tau), start, velocity, step)
+
+    @staticmethod
+    def of(metric: Metric, start: Tensor, velocity: Tensor, step: float) -> Motion:
+        """Return the motion at time 0, for one acceleration."""
+        bend = metric.bend(start, velocity)
+        initial = bend.length(velocity)
         time, length = torch.zeros_like(initial), torch.full_like(initial, step)
-        return Motion(
-            start.clone(), velocity.clone(), acceleration(gradient, curved, tau), value, initial, time, length
-        )
+        return Motion(start.clone(), velocity.clone(), bend.acceleration, bend.value, initial, time, length)
 
     def length(self) -> Tensor:
         """Return the length of the step to try [member]: the planned one, or what is left where that is no more."""
@@ -172,10 +220,17 @@ def share_of_drift(
 
     At time t the speed may be off by drift * t: a step may use its own share and what earlier steps have saved.
     """
-    # The speed of rounded weights is known to the rounding of g . c' only, however short the step.
-    noise = torch.finfo(gradient.dtype).eps * (1 + tau**2 * dot(gradient, gradient)).sqrt()
+    return _share_of_drift(drift, before, after, rounding(gradient, tau), initial)
+
+
+def _share_of_drift(drift: float, before: Motion, after: Motion, noise: Tensor, initial: Tensor) -> Tensor:
     allowed = drift * after.time - relative(before.speed - initial, initial) + noise
     return relative(after.speed - before.speed, initial) / allowed.clamp(min=TINY)
+
+
+def rounding(gradient: Tensor, tau: float) -> Tensor:
+    """Return to how much the speed of rounded weights is known [member], however short the step: g . c' is rounded."""
+    return torch.finfo(gradient.dtype).eps * (1 + tau**2 * dot(gradient, gradient)).sqrt()
 
 
 def acceleration(gradient: Tensor, curved: Tensor, tau: float) -> Tensor:

@@ -21,6 +21,7 @@ from multiplicity_bench.generators.modelset import (
     member_noise,
 )
 from multiplicity_bench.generators.retrain import Retrain
+from multiplicity_bench.generators.riemannian_laplace import RiemannianLaplace
 from multiplicity_bench.generators.swag import SWAG
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,6 +33,7 @@ GENERATORS = {
     "kronecker": Laplace(structure="kron", prior_precision="30"),
     "dual": Laplace(structure="full", prior_precision="30"),
     "output": LogitNoise(),
+    "linearised": RiemannianLaplace(linearised=True, subset="last_layer", prior_precision="30"),
 }
 MORE = {
     "identical": Identical(),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from multiplicity_bench.leaderboard.cells import settle_all
 from multiplicity_bench.leaderboard.check import check, verify
 from multiplicity_bench.leaderboard.record import read_all
+from multiplicity_bench.leaderboard.riemannian import PAGE, fill
 from multiplicity_bench.leaderboard.suite import board_suites
 
 FOLDER = Path(__file__).resolve().parents[2] / "leaderboard"
@@ -20,24 +22,53 @@ def records() -> list[dict]:
 
 
 def of(suite, records: list[dict]) -> list[dict]:
-    return [r for r in records if r["identity"]["dataset"]["name"] == suite.dataset.name]
+    """The records that fill the suite's table."""
+    return next(t.records for t in settle_all(SUITES.values(), records) if t.suite == suite)
 
 
 def test_the_committed_board_follows_from_its_records_byte_for_byte():
     assert check(FOLDER)
 
 
-@pytest.mark.parametrize("name", ["breastmnist", "phantom"])
+@pytest.mark.parametrize("name", SUITES)
 def test_every_cell_of_a_board_suite_is_filled_from_a_clean_tree(name, records):
     suite = SUITES[name]
     found = {(r["row"], r["identity"]["base_seed"]) for r in of(suite, records)}
     assert found == {(row.label, seed) for row, seed in suite.cells()}
     assert not any(r["provenance"]["dirty"] for r in of(suite, records))
     assert len(suite.base_seeds) >= 5
-    assert {row.generator for row in suite.rows} >= {"identical", "logit_noise", "temperature", "retrain"}
+    assert {row.generator for row in suite.rows} >= {"identical", "logit_noise", "temperature"}
 
 
 @pytest.mark.parametrize("name", ["breastmnist", "phantom"])
+def test_geodesics_stand_beside_their_rivals_and_the_retrainings(name):
+    wanted = {"retrain", "laplace[structure=full]", "ray_exit", "perturb_sgd", "swag"}
+    assert {row.label for row in SUITES[name].rows} >= wanted | {"riemannian_laplace", "riemannian_laplace[tau=1]"}
+
+
+def test_every_committed_record_fills_a_cell(records):
+    filling = {r["name"] for suite in SUITES.values() for r in of(suite, records)}
+    assert {r["name"] for r in records} == filling
+
+
+def test_the_page_about_geodesics_follows_from_the_records():
+    page = PAGE.read_text(encoding="utf-8")
+    assert fill(page) == page
+
+
+def test_every_geodesic_kept_its_bound(records):
+    """On the loss that its metric is made of, to the drift of its speed and the rounding of a float32 sum."""
+    checked = 0
+    for record in records:
+        members = record["set"]["diagnostics"].get("members", {})
+        for bound, excess, drift in zip(*(members.get(n, []) for n in ("bound", "excess", "drift")), strict=True):
+            if bound is not None:
+                checked += 1
+                assert excess <= bound * (1 + drift) + 1e-3, record["name"]
+    assert checked > 1000
+
+
+@pytest.mark.parametrize("name", SUITES)
 def test_committed_predictions_give_the_committed_scores_of_every_row(name, records):
     suite = SUITES[name]
     for row in suite.rows:
