@@ -6,8 +6,7 @@ length h from (w, y) with velocity (u, nu), along the normal G = (-tau g, 1):
     w+ = w + h u + m tau g,  y+ = y + h nu - m,  m such that y+ = tau L(w+)       (the impulse that keeps it on)
     u  = (w+ - w) / h,  nu = (y+ - y) / h,  then projected onto the tangent space at w+
 
-Second order, reversible, no second derivatives. With *gravity* and *friction* (both 0 for a geodesic) the particle is
-pulled down along y and loses speed at a rate: half of either acts before, half after the free step.
+Second order, reversible, no second derivatives.
 """
 
 from __future__ import annotations
@@ -36,18 +35,14 @@ class Rattle:
     """Adaptive RATTLE, one step size per member.
 
     drift: aim for the largest relative change of the speed over the path: a step of length h may change it by
-    drift * h; first_step, max_step: lengths of steps; max_steps: tried steps after which a member is given up;
-    duration: time of the motion; gravity, friction: see the module (with them the energy balance takes the place of
-    the speed in the control of the step).
+    drift * h; first_step, max_step: lengths of steps; max_steps: tried steps after which a member is given up. The
+    drift says nothing about a surface that bends gently: an end point is second order in the step.
     """
 
     drift: float = 0.01
     first_step: float = 0.5
     max_step: float = 1.0
     max_steps: int = 2000
-    duration: float = 1.0
-    gravity: float = 0.0
-    friction: float = 0.0
     bounded = True
 
     def solve(self, surface: Surface, tau: float, start: Tensor, velocity: Tensor) -> Solution:
@@ -56,7 +51,7 @@ class Rattle:
         value, gradient = surface.gradient(start)
         rise = tau * dot(gradient, velocity)
         zeros = torch.zeros_like(rise)
-        steps = torch.full_like(rise, min(self.first_step, self.max_step) * self.duration)
+        steps = torch.full_like(rise, min(self.first_step, self.max_step))
         state = _State(start.clone(), velocity.clone(), rise, value, gradient, zeros, zeros == 0, zeros, steps)
         initial = state.speed()
         tried = torch.zeros_like(solution.steps)
@@ -64,17 +59,17 @@ class Rattle:
         while bool(active.any()):
             rows = active.nonzero()[:, 0]
             before = state.rows(rows)
-            left = self.duration - before.time
+            left = 1 - before.time
             length = torch.where(before.step >= left * (1 - 1e-9), left, before.step)
             after, work, solved = self._step(surface, tau, before, length)
             solution.gradients[rows] += work[0]
             solution.values[rows] += work[1]
             tried[rows] += 1
-            error = self._error(tau, before, after, length)
-            allowed = self.drift * (length / self.duration).clamp(min=SHARE)
+            error = _change(before, after)
+            allowed = self.drift * length.clamp(min=SHARE)
             accepted = solved & (error <= allowed)
             growth = (SAFETY * (allowed / error.clamp(min=1e-300)).sqrt()).clamp(SHRINK, GROW)
-            after.step = (length * torch.where(solved, growth, FAIL)).clamp(max=self.max_step * self.duration)
+            after.step = (length * torch.where(solved, growth, FAIL)).clamp(max=self.max_step)
             before.step = after.step
             before.smooth = torch.zeros_like(before.smooth)
             state.put(rows, before.where(accepted, after))
@@ -82,52 +77,31 @@ class Rattle:
             solution.rejected[rows] += (~accepted).long()
             change = (state.speed()[rows] / initial[rows].clamp(min=1e-300) - 1).abs() * (initial[rows] > 0)
             solution.drift[rows] = torch.maximum(solution.drift[rows], change)
-            arrived = state.time >= self.duration * (1 - 1e-12)
+            arrived = state.time >= 1 - 1e-12
             solution.reached |= active & arrived
-            active &= ~arrived & (tried < self.max_steps) & (state.step > 1e-10 * self.duration)
+            active &= ~arrived & (tried < self.max_steps) & (state.step > 1e-10)
         solution.weights, solution.velocity, solution.value = state.weights, state.velocity, state.value
         return solution
 
     def _step(self, surface: Surface, tau: float, s: _State, h: Tensor) -> tuple[_State, Tensor, Tensor]:
         """Return the state after a step of lengths h [member], gradients and values it took, and if it was solved."""
-        velocity, rise = self._kick(tau, s.velocity, s.rise, s.gradient, h)
-        path = (dot(velocity, velocity) + rise**2).sqrt() * h
+        path = s.speed() * h
         tolerance = 0.5 * self.drift * path
-        drifted = s.weights + _column(h, s) * velocity
-        landed = _land(surface, tau, s, drifted, h * rise, 0.5 * h**2 * s.pull / s.steep(tau), tolerance)
+        drifted = s.weights + _column(h, s) * s.velocity
+        landed = _land(surface, tau, s, drifted, h * s.rise, 0.5 * h**2 * s.pull / s.steep(tau), tolerance)
         push = landed.impulse / h
-        moved = velocity + _column(push * tau, s) * s.gradient
+        moved = s.velocity + _column(push * tau, s) * s.gradient
         normal = 1 + tau**2 * dot(landed.gradient, landed.gradient)
-        off = (rise - push - tau * dot(landed.gradient, moved)) / normal
+        off = (s.rise - push - tau * dot(landed.gradient, moved)) / normal
         # (u, nu) - G (G . (u, nu)) / |G|^2, G = (-tau g, 1)
         tangent = moved + _column(off * tau, s) * landed.gradient
-        tangent, rise = self._kick(tau, tangent, tau * dot(landed.gradient, tangent), landed.gradient, h)
+        rise = tau * dot(landed.gradient, tangent)
         solved = landed.solved & (landed.impulse.abs() * s.steep(tau).sqrt() <= IMPULSE * path)
         solved &= (1 + tau**2 * dot(landed.gradient, s.gradient) > 0) & torch.isfinite(dot(tangent, tangent))
         pull = 2 * landed.impulse / h**2 * s.steep(tau)
         smooth = landed.values == 0
         after = _State(landed.weights, tangent, rise, landed.value, landed.gradient, pull, smooth, s.time + h, h)
         return after, torch.stack([landed.gradients, landed.values]), solved
-
-    def _kick(self, tau: float, velocity: Tensor, rise: Tensor, gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return velocity and rise after half a step of gravity (its tangential part) and of friction."""
-        if self.gravity:
-            fall = 0.5 * h * self.gravity * tau / (1 + tau**2 * dot(gradient, gradient))
-            velocity = velocity - fall[:, None].to(velocity) * gradient
-            rise = tau * dot(gradient, velocity)
-        if self.friction:
-            kept = torch.exp(-0.5 * self.friction * h)
-            velocity, rise = velocity * kept[:, None].to(velocity), rise * kept
-        return velocity, rise
-
-    def _error(self, tau: float, before: _State, after: _State, h: Tensor) -> Tensor:
-        """Return by how much, relatively, a step changed the speed; with forces, half that of the energy balance."""
-        then, now = before.speed() ** 2, after.speed() ** 2
-        if not (self.gravity or self.friction):
-            return ((now / then.clamp(min=1e-300)).sqrt() - 1).abs() * (then > 0)
-        lost = self.friction * h * (then + now)  # twice the work of friction, by the trapezoidal rule
-        fallen = 2 * self.gravity * tau * (before.value - after.value)
-        return 0.5 * (now + lost - then - fallen).abs() / torch.maximum(then, now).clamp(min=1e-12)
 
 
 @dataclass
@@ -240,6 +214,12 @@ def _land(
         with_gradient(rows)
     landed.solved &= torch.isfinite(landed.value)
     return landed
+
+
+def _change(before: _State, after: _State) -> Tensor:
+    """Return by how much, relatively, a step changed the speed [member]."""
+    then = before.speed()
+    return (after.speed() / then.clamp(min=1e-300) - 1).abs() * (then > 0)
 
 
 def _column(values: Tensor, s: _State) -> Tensor:
