@@ -64,8 +64,7 @@ class DearMembers:
 
     def _chunks(self, count: int) -> list[range]:
         """Return the chunks that hold the first `count` members; the last is cut at the most that is ever made."""
-        tuned = self.settings.prior_precision == "tune_acceptance"
-        most = max(self.problem.members, DRAWS) if tuned else self.problem.members
+        most = max(self.problem.members, DRAWS)
         starts = range(0, count, self.chunk)
         return [range(start, min(start + self.chunk, most)) for start in starts]
 

@@ -68,7 +68,7 @@ def comparison(table: Table, folder: Path) -> str:
         if row.control or not records:
             continue
         priors = [r["set"]["diagnostics"].get("prior_precision") for r in records.values()]
-        shown = [f"{np.median(priors):.0f}" if all(p is not None for p in priors) else NONE]
+        shown = [f"{np.median(priors):.3g}" if all(p is not None for p in priors) else NONE]
         shown.append(_cell(table, row, Column("", "acceptance_rate")))
         for name in ("nll", "accuracy"):
             gains = {

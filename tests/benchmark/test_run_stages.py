@@ -138,7 +138,8 @@ def test_laplace_on_a_multi_label_file_is_skipped_for_want_of_a_likelihood(make_
     spec.dataset, spec.names["dataset"] = create(DATASETS, {"name": "npz"}), "npz"
     spec.options.data_root = str(tmp_path / "own.npz")
     run = run_to_end(spec)
-    assert (run.record["status"], run.record["reason"]) == ("skipped", "laplace-torch has no multi-label likelihood")
+    reason = "laplace-torch has no multi-label likelihood for structure=diag: use structure=full"
+    assert (run.record["status"], run.record["reason"]) == ("skipped", reason)
     assert str(tmp_path) not in run.path.read_text()
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from multiplicity_bench.errors import UserError
+from multiplicity_bench.generators.api import Memory
 from multiplicity_bench.generators.contract import member_logits
 from multiplicity_bench.generators.controls import Identical, LogitNoise, Temperature
 from multiplicity_bench.generators.laplace import Laplace
@@ -55,7 +56,7 @@ def drawn(problem):
 
     def get(name: str) -> ModelSet:
         if name not in sets:
-            sets[name] = (GENERATORS | MORE)[name].generate(replace(problem), 8)
+            sets[name] = (GENERATORS | MORE)[name].generate(replace(problem, checkpoint=Memory()), 8)
         return sets[name]
 
     return get
