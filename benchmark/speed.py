@@ -12,7 +12,6 @@ Arguments measure a subset, which replaces the rows and figures of those names a
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,8 +31,8 @@ from ..metrics.evaluation import evaluate
 from .memory import PeakMemory
 from .networks import Network
 from .predict import predict
-from .provenance import LIBRARIES, device_name, library_version
-from .store import synchronise
+from .provenance import device_name
+from .timing import as_row, timed
 from .train import Training, train
 
 HERE = Path(__file__).parent
@@ -82,22 +81,10 @@ def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: 
     seconds: dict[Callable[[], Any], list[float]] = {ours: [], baseline: []}
     for repeat in range(REPEATS + 1):
         for way, times in seconds.items():
-            synchronise(device)
-            start = time.perf_counter()
-            way()
-            synchronise(device)
+            took = timed(way, device)
             if repeat:
-                times.append(time.perf_counter() - start)
-    a, b = statistics.median(seconds[ours]), statistics.median(seconds[baseline])
-    return {
-        "name": name,
-        "device": device.type,
-        "ratio": b / a,
-        "ours_s": a,
-        "baseline_s": b,
-        "spread": (max(seconds[ours]) - min(seconds[ours])) / a,
-        "versions": {library: library_version(library) for library in LIBRARIES},
-    }
+                times.append(took)
+    return as_row(name, seconds[ours], seconds[baseline], device)
 
 
 def train_smallcnn(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..datasets.api import DATASETS, Data, default_data_root, prepare
 from ..datasets.phantom_cxr import PhantomCXR
 from ..errors import UserError
-from ..generators.api import Memory, Part, Problem, Trained
+from ..generators.api import Part, Problem
 from ..generators.batchnorm import settled_member
 from ..generators.geodesic import Solution, speed
 from ..generators.posterior import fit_posterior
@@ -31,11 +31,12 @@ from ..generators.rattle import Rattle
 from ..generators.riemannian_laplace import IMAGES, TOGETHER, RiemannianLaplace
 from ..generators.surface import NetworkSurface, metric_part, tilted
 from .networks import Network
-from .provenance import LIBRARIES, library_version
 from .spec import create
 from .stages import warm_up
-from .store import CHECKPOINTS, FileCheckpoint, Stopwatch, synchronise
-from .train import Training, mean_loss, train
+from .store import CHECKPOINTS, FileCheckpoint, Stopwatch
+from .timing import CPU, as_row, timed
+from .toy import problem_of
+from .train import Training, train
 
 RTOL, ATOL = 1e-6, 1e-3
 """Published tolerances of the baseline."""
@@ -47,8 +48,6 @@ PRECISION = 400.0
 """Prior precision of the velocities for smallcnn."""
 
 GEODESIC = "seconds per member of a geodesic (smallcnn, tau = 1/N, prior precision 400)"
-
-CPU = torch.device("cpu")
 
 
 def geodesic_mlp_s100() -> dict[str, Any]:
@@ -197,7 +196,7 @@ class Scene:
         posterior = fit_posterior(problem, structure, "all")
         drawn = posterior.at(posterior.marglik if precision is None else precision, 0, members)
         velocity = torch.stack([drawn.perturbation(k) for k in range(members)])
-        part = metric_part(problem, images, 0)
+        part = metric_part(problem, images or len(problem.train), 0)
         surface = tilted(NetworkSurface(problem, posterior.names, part, strategy=strategy))
         scene = Scene(surface, velocity, 1 / len(problem.train) if tau is None else tau)
         for count in {1, min(8, members)}:
@@ -221,7 +220,7 @@ class Scene:
 
     def seconds_per_member(self, members: int) -> float:
         """Return the seconds per member of so many geodesics at the generator's drift."""
-        return timed(lambda: self.solve(RiemannianLaplace.drift, members)) / members
+        return timed(lambda: self.solve(RiemannianLaplace.drift, members), self.velocity.device) / members
 
     def baseline(self, dtype: torch.dtype) -> PlainGeodesic:
         """Return the baseline on the same surface, with networks evaluated in `dtype`."""
@@ -357,30 +356,6 @@ def _against_retraining(name: str, generator: RiemannianLaplace, members: int) -
     }
 
 
-def as_row(name: str, ours: list[float], baseline: list[float]) -> dict[str, Any]:
-    """Return a row of speed.json from seconds."""
-    a, b = statistics.median(ours), statistics.median(baseline)
-    return {
-        "name": name,
-        "device": CPU.type,
-        "ratio": b / a,
-        "ours_s": a,
-        "baseline_s": b,
-        "spread": (max(ours) - min(ours)) / a,
-        "versions": {library: library_version(library) for library in LIBRARIES},
-    }
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """Return the seconds that `work` takes, everything on the device included."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    synchronise(device)
-    start = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread inside."""
@@ -428,37 +403,7 @@ def _part(data: Data, split: str, device: torch.device) -> Part:
 
 def _problem(spec: dict[str, Any], data: Part, tune: Part, recipe: Training, members: int) -> Problem:
     network = Network(spec, data.images.shape[1], data.images.shape[2], 2)
-
-    def fit(seed: int, **arguments: Any) -> Trained:
-        return train(network, data, recipe, seed, **arguments)
-
-    base = fit(0)
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-
-    def part(name: str, about: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        key = (name, str(about))
-        if key not in parts:
-            parts[key] = compute()
-        return parts[key]
-
-    return Problem(
-        network=network,
-        base=base,
-        module=lambda: network.module(base.params, base.buffers),
-        train=data,
-        tune=tune,
-        task="binary",
-        classes=2,
-        loss=mean_loss,
-        prior_precision=recipe.prior_precision,
-        batch_size=recipe.batch_size,
-        fit=fit,
-        members=members,
-        base_seed=0,
-        device=data.images.device,
-        checkpoint=Memory(),
-        part=part,
-    )
+    return problem_of(network, data, tune, recipe, members)
 
 
 def _work(solution: Solution) -> str:

@@ -25,6 +25,7 @@ from ..datasets.api import Data, prepare
 from ..errors import Diverged, UserError
 from ..generators.api import Memory, Part, Problem, Trained
 from ..generators.modelset import ModelSet, StackedSet
+from ..generators.posterior import FromPosterior
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
 from ..leaderboard.predictions import PRECISION, arrays_predictions, predictions_arrays, save_predictions
@@ -145,7 +146,8 @@ class Run:
 
         def compute(work: Path) -> dict[str, Any]:
             self.base()
-            warm_up()
+            if isinstance(spec.generator, FromPosterior):
+                warm_up()
             before = self.time_base_training()
             clock, memory = Stopwatch(work, self.device), PeakMemory(self.device)
             problem = self.problem(FileCheckpoint(work, self.device))
@@ -372,7 +374,7 @@ class Run:
 
 
 def warm_up() -> None:
-    """Load what torch and laplace-torch load at their first use, so that no set pays for it."""
+    """Load what torch.func and laplace-torch load at their first use, so that no set pays for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import laplace  # noqa: F401

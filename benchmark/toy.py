@@ -27,25 +27,30 @@ def toy_problem(
     function = Network(
         {"name": network, **({"width": 8} if network in ("mlp", "smallcnn") else {}), **settings}, 1, 6, classes
     )
-    recipe = Training(epochs=8, lr=0.01)
+    return problem_of(function, data, tune, Training(epochs=8, lr=0.01), members, seed)
+
+
+def problem_of(network: Network, data: Part, tune: Part, recipe: Training, members: int, seed: int = 0) -> Problem:
+    """Return a single-label problem on these images, with a base that the recipe trains on `data`."""
 
     def fit(seed: int, **arguments: Any) -> Trained:
-        return train(function, data, recipe, seed, **{"checkpoint": problem.checkpoint, **arguments})
+        return train(network, data, recipe, seed, **{"checkpoint": problem.checkpoint, **arguments})
 
     problem = Problem(
-        network=function,
-        base=Trained(*function.init(seed)),
-        module=lambda: function.module(problem.base.params, problem.base.buffers),
+        network=network,
+        base=Trained(*network.init(seed)),
+        module=lambda: network.module(problem.base.params, problem.base.buffers),
         train=data,
         tune=tune,
-        task="binary" if classes == 2 else "multiclass",
-        classes=classes,
+        task="binary" if network.outputs == 2 else "multiclass",
+        classes=network.outputs,
         loss=mean_loss,
         prior_precision=recipe.prior_precision,
         batch_size=recipe.batch_size,
         fit=fit,
         members=members,
         base_seed=seed,
+        device=data.images.device,
     )
     problem.base = fit(seed)
     problem.checkpoint = Memory()

@@ -58,6 +58,11 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     epoch_s: list[float] = field(default_factory=list)
 
+    def in_dtype(self, dtype: torch.dtype) -> Trained:
+        """Return the weights in another dtype of floating-point numbers."""
+        cast = lambda leaves: {n: t.to(dtype) if t.is_floating_point() else t for n, t in leaves.items()}  # noqa: E731
+        return Trained(cast(self.params), cast(self.buffers))
+
 
 class Fit(Protocol):
     """The one training recipe, shared by the base model and by every generator that trains."""

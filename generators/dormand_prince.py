@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .geodesic import Solution, Surface, dot, speed
+from .stepping import TINY, Motion, march, share_of_drift
 
 STAGES = (
     (1 / 5,),
@@ -41,12 +42,6 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 """Order 5 minus order 4."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
-
-SHORTEST = 1e-10
-"""A member that needs a shorter step than this share of the way is given up."""
-
-TINY = 1e-300
-"""Least error allowed: members that do not move make none."""
 
 
 @dataclass
@@ -116,15 +111,15 @@ class DormandPrince:
         solution = Solution.begin(start, velocity)
         solution.curvatures += 1
 
-        def attempt(rows: Tensor, before: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
+        def attempt(rows: Tensor, before: Accelerated, initial: Tensor) -> tuple[Accelerated, Tensor]:
             solution.curvatures[rows] += len(STAGES)
             return self._step(metric, before, initial)
 
-        state = Motion.of(metric, start, velocity, min(self.first_step, self.max_step))
+        state = Accelerated.begin(metric, start, velocity, min(self.first_step, self.max_step))
         march(solution, state, self.max_steps, attempt)
         return solution
 
-    def _step(self, metric: Metric, s: Motion, initial: Tensor) -> tuple[Motion, Tensor]:
+    def _step(self, metric: Metric, s: Accelerated, initial: Tensor) -> tuple[Accelerated, Tensor]:
         """Return the state after one step, and its error as a multiple of what is allowed [member]."""
         h = s.length()
         column = h[:, None].to(s.weights)
@@ -135,97 +130,30 @@ class DormandPrince:
             bend = metric.bend(weights, velocity)
             slopes.append(velocity)
             forces.append(bend.acceleration)
-        after = Motion(weights, velocity, bend.acceleration, bend.value, bend.length(velocity), s.time + h, h)
+        after = Accelerated(weights, velocity, bend.value, bend.length(velocity), s.time + h, h, bend.acceleration)
         errors = (bend.length(column * combine(ERROR, e)) for e in (slopes, forces))
         error = torch.maximum(*errors) / (self.atol + self.rtol * initial).clamp(min=TINY)
-        share = _share_of_drift(self.drift, s, after, bend.noise, initial)
+        share = share_of_drift(self.drift, s, after, bend.noise, initial)
         error = torch.maximum(error, share).nan_to_num(nan=inf)
         after.step = (h * (SAFETY * error**-0.2).clamp(SHRINK, GROW)).clamp(max=self.max_step)
         return after, error
 
 
 @dataclass
-class Motion:
-    """Position and its derivatives [member, param], L, speed, time and next step's length [member] of some members."""
+class Accelerated(Motion):
+    """A motion that knows its acceleration [member, param]."""
 
-    weights: Tensor
-    velocity: Tensor
     acceleration: Tensor
-    value: Tensor
-    speed: Tensor
-    time: Tensor
-    step: Tensor
 
     @staticmethod
-    def begin(surface: Surface, tau: float, start: Tensor, velocity: Tensor, step: float) -> Motion:
-        """Return the motion at time 0, for one evaluation of c' H c'."""
-        return Motion.of(LossMetric(surface, tau), start, velocity, step)
-
-    @staticmethod
-    def of(metric: Metric, start: Tensor, velocity: Tensor, step: float) -> Motion:
+    def begin(metric: Metric, start: Tensor, velocity: Tensor, step: float) -> Accelerated:
         """Return the motion at time 0, for one acceleration."""
         bend = metric.bend(start, velocity)
         initial = bend.length(velocity)
+        # What has no finite acceleration has no speed to go on with either.
+        initial = torch.where(torch.isfinite(bend.acceleration).all(1), initial, torch.nan)
         time, length = torch.zeros_like(initial), torch.full_like(initial, step)
-        return Motion(start.clone(), velocity.clone(), bend.acceleration, bend.value, initial, time, length)
-
-    def length(self) -> Tensor:
-        """Return the length of the step to try [member]: the planned one, or what is left where that is no more."""
-        left = 1 - self.time
-        return torch.where(self.step >= left * (1 - 1e-9), left, self.step)
-
-    def rows(self, index: Tensor) -> Self:
-        """Return the motion of some members only."""
-        return type(self)(*(leaf[index] for leaf in vars(self).values()))
-
-    def put(self, index: Tensor, other: Self) -> None:
-        """Replace the motion of some members."""
-        for leaf, new in zip(vars(self).values(), vars(other).values(), strict=True):
-            leaf[index] = new
-
-
-def march(
-    solution: Solution,
-    state: Motion,
-    max_steps: int,
-    attempt: Callable[[Tensor, Any, Tensor], tuple[Any, Tensor]],
-) -> None:
-    """Move `state` to time 1, member by member, and record the path in `solution`.
-
-    attempt: (rows, their state, their initial speed) -> their state after a step, whose `step` is the next one's
-    length, and the step's error [member] as a multiple of what is allowed.
-    """
-    initial = state.speed.clone()
-    active = torch.isfinite(state.value) & torch.isfinite(initial) & torch.isfinite(state.acceleration).all(1)
-    while bool(active.any()):
-        rows = active.nonzero()[:, 0]
-        after, error = attempt(rows, state.rows(rows), initial[rows])
-        accepted = error <= 1
-        state.step[rows] = after.step
-        state.put(rows[accepted], after.rows(accepted))
-        solution.steps[rows] += accepted
-        solution.rejected[rows] += ~accepted
-        off = relative(state.speed[rows] - initial[rows], initial[rows])
-        solution.drift[rows] = torch.maximum(solution.drift[rows], off)
-        solution.reached |= active & (state.time >= 1 - 1e-12)
-        hopeless = (solution.steps + solution.rejected >= max_steps) | (state.step < SHORTEST)
-        active &= ~solution.reached & ~hopeless
-    solution.weights, solution.velocity, solution.value = state.weights, state.velocity, state.value
-
-
-def share_of_drift(
-    drift: float, before: Motion, after: Motion, gradient: Tensor, tau: float, initial: Tensor
-) -> Tensor:
-    """Return a step's change of the speed as a multiple of what is allowed [member]; gradient: where the step ends.
-
-    At time t the speed may be off by drift * t: a step may use its own share and what earlier steps have saved.
-    """
-    return _share_of_drift(drift, before, after, rounding(gradient, tau), initial)
-
-
-def _share_of_drift(drift: float, before: Motion, after: Motion, noise: Tensor, initial: Tensor) -> Tensor:
-    allowed = drift * after.time - relative(before.speed - initial, initial) + noise
-    return relative(after.speed - before.speed, initial) / allowed.clamp(min=TINY)
+        return Accelerated(start.clone(), velocity.clone(), bend.value, initial, time, length, bend.acceleration)
 
 
 def rounding(gradient: Tensor, tau: float) -> Tensor:
@@ -245,8 +173,3 @@ def combine(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
     for weight, term in zip(weights[1:], terms[1:], strict=True):
         total.add_(term, alpha=weight)
     return total
-
-
-def relative(change: Tensor, initial: Tensor) -> Tensor:
-    """Return |change| as a share of the speed `initial` [member]; 0 where nothing moves."""
-    return torch.where(initial > 0, (change / initial).abs(), 0.0)

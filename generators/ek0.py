@@ -28,8 +28,9 @@ from math import comb, factorial, inf, sqrt
 import torch
 from torch import Tensor
 
-from .dormand_prince import TINY, Motion, acceleration, march, share_of_drift
+from .dormand_prince import Accelerated, LossMetric, acceleration, rounding
 from .geodesic import Solution, Surface, dot, speed
+from .stepping import TINY, march, share_of_drift
 
 ORDER = 3
 """How often the Wiener process is integrated: the state is c and so many derivatives."""
@@ -134,11 +135,11 @@ class EK0:
         """Measure L and the speed where a step brought some rows, and return their share of the drift allowed."""
         after.value[rows], gradient = surface.gradient(after.weights[rows])
         after.speed[rows] = speed(after.velocity[rows], gradient, tau)
-        return share_of_drift(self.drift, before, after.rows(rows), gradient, tau, initial)
+        return share_of_drift(self.drift, before, after.rows(rows), rounding(gradient, tau), initial)
 
 
 @dataclass
-class Belief(Motion):
+class Belief(Accelerated):
     """Mean of c and its derivatives, and their covariance [member, 4, 4], which all weights of a member share."""
 
     jerk: Tensor
@@ -147,7 +148,7 @@ class Belief(Motion):
 
 def _begin(surface: Surface, tau: float, start: Tensor, velocity: Tensor, step: float) -> Belief:
     """Return the belief at time 0, for two evaluations of c' H c'."""
-    motion = Motion.begin(surface, tau, start, velocity, step)
+    motion = Accelerated.begin(LossMetric(surface, tau), start, velocity, step)
     jerk = _jerk(surface, tau, motion)
     return Belief(**vars(motion), jerk=jerk, covariance=motion.speed.new_zeros(len(start), ORDER + 1, ORDER + 1))
 
@@ -161,7 +162,7 @@ def _refresh(surface: Surface, tau: float, s: Belief) -> Belief:
     return motion
 
 
-def _jerk(surface: Surface, tau: float, s: Motion) -> Tensor:
+def _jerk(surface: Surface, tau: float, s: Accelerated) -> Tensor:
     # Rounding and the path's own bend weigh alike in a difference over the root of the dtype's precision.
     short = torch.finfo(s.weights.dtype).eps ** 0.5
     ahead = s.weights + short * (s.velocity + short / 2 * s.acceleration)

@@ -24,11 +24,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .api import Part, Problem, Trained
+from .api import Part, Problem
 from .dormand_prince import Bend, DormandPrince
 from .geodesic import Solution, dot
 from .jacobian import jacobian
-from .modelset import Leaves
+from .modelset import Leaves, unflatten
 
 ENTRIES = 2**21
 """Entries of J above which a right-hand side takes seconds: it is differentiated and its Gram matrix solved in each."""
@@ -111,9 +111,7 @@ class FisherMetric(EmbeddingMetric):
     """
 
     def __init__(self, problem: Problem, names: list[str], part: Part, precision: float) -> None:
-        base = problem.base
-        double = lambda leaves: {n: t.double() if t.is_floating_point() else t for n, t in leaves.items()}  # noqa: E731
-        self.problem = replace(problem, base=Trained(double(base.params), double(base.buffers)))
+        self.problem = replace(problem, base=problem.base.in_dtype(torch.float64))
         self.names, self.part = names, part
         self.scale = (len(problem.train) / len(part)) ** 0.5
         super().__init__(self._embed, precision)
@@ -147,6 +145,4 @@ class FisherMetric(EmbeddingMetric):
         return 2 * torch.cat([known, known]) * (-0.5 * torch.logaddexp(torch.zeros_like(sides), sides)).exp()
 
     def _leaves(self, weights: Tensor) -> Leaves:
-        base = self.problem.base.params
-        parts = weights.split([base[n].numel() for n in self.names])
-        return {n: part.view_as(base[n]) for n, part in zip(self.names, parts, strict=True)}
+        return unflatten(weights, {n: self.problem.base.params[n] for n in self.names})

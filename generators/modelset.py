@@ -24,6 +24,12 @@ Leaves = dict[str, Tensor]
 FILE = "set.safetensors"
 
 
+def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> Leaves:
+    """Return a flat vector [param] as leaves with the names, the order and the shapes of `like`."""
+    parts = flat.split([leaf.numel() for leaf in like.values()])
+    return {n: part.view_as(leaf) for (n, leaf), part in zip(like.items(), parts, strict=True)}
+
+
 @dataclass
 class Block:
     """Members `start .. start + size`: leaves with a member axis, and leaves that all members share.
@@ -301,10 +307,8 @@ class GaussianSet(ModelSet):
 
     def leaves(self, member: int) -> Leaves:
         """Return the parameters of `member` that vary within the set."""
-        flat = self.perturbation(member)
-        sizes = [leaf.numel() for leaf in self.mean.values()]
-        parts = flat.split(sizes)
-        return {n: leaf + part.view_as(leaf) for (n, leaf), part in zip(self.mean.items(), parts, strict=True)}
+        moved = unflatten(self.perturbation(member), self.mean)
+        return {n: leaf + moved[n] for n, leaf in self.mean.items()}
 
     def noise(self, member: int, size: int, stream: str = "") -> Tensor:
         """Return the standard normal noise [size] of `member`."""

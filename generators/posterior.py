@@ -23,7 +23,7 @@ from .batchnorm import POLICIES, settled_member
 from .eigenbasis import Eigenbasis, KroneckerBasis, SpanBasis
 from .full_ggn import FULL_LIMIT, fit_full
 from .jacobian import rows_per_image
-from .modelset import DiagonalSet, DualSet, GaussianSet, KroneckerSet, Leaves, StackedSet
+from .modelset import DiagonalSet, DualSet, GaussianSet, KroneckerSet, Leaves, StackedSet, unflatten
 from .prior import TUNE_AT_LEAST, choose_prior, prior_number
 
 STRUCTURES = ("diag", "kron", "full")
@@ -177,9 +177,8 @@ class Posterior:
 
     def moved(self, deviation: Tensor) -> Leaves:
         """Return the leaves `names` at the base plus a flat deviation [param]."""
-        base = self.problem.base.params
-        parts = deviation.split([base[n].numel() for n in self.names])
-        return {n: base[n] + part.view_as(base[n]) for n, part in zip(self.names, parts, strict=True)}
+        base = {n: self.problem.base.params[n] for n in self.names}
+        return {n: base[n] + part for n, part in unflatten(deviation, base).items()}
 
     def stack(self, members: Sequence[Leaves]) -> StackedSet:
         """Return the set of members given by their leaves `names`; all else is the base's."""

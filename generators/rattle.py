@@ -12,11 +12,13 @@ Second order, reversible, no second derivatives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from .geodesic import Solution, Surface, dot
+from .stepping import TINY, Motion, march, relative
 
 SAFETY, SHRINK, GROW, FAIL = 0.85, 0.2, 2.0, 0.3
 TRIALS = 5
@@ -46,46 +48,29 @@ class Rattle:
     bounded = True
 
     def solve(self, surface: Surface, tau: float, start: Tensor, velocity: Tensor) -> Solution:
-        """Return where members with `velocity` [member, param] get from `start` [member, param]."""
+        """Return where members with `velocity` [member, param] get from `start` [member, param] in unit time."""
         solution = Solution.begin(start, velocity)
-        value, gradient = surface.gradient(start)
-        rise = tau * dot(gradient, velocity)
-        zeros = torch.zeros_like(rise)
-        steps = torch.full_like(rise, min(self.first_step, self.max_step))
-        state = _State(start.clone(), velocity.clone(), rise, value, gradient, zeros, zeros == 0, zeros, steps)
-        initial = state.speed()
-        tried = torch.zeros_like(solution.steps)
-        active = torch.isfinite(value) & torch.isfinite(initial)
-        while bool(active.any()):
-            rows = active.nonzero()[:, 0]
-            before = state.rows(rows)
-            left = 1 - before.time
-            length = torch.where(before.step >= left * (1 - 1e-9), left, before.step)
-            after, work, solved = self._step(surface, tau, before, length)
-            solution.gradients[rows] += work[0]
-            solution.values[rows] += work[1]
-            tried[rows] += 1
-            error = _change(before, after)
-            allowed = self.drift * length.clamp(min=SHARE)
-            accepted = solved & (error <= allowed)
-            growth = (SAFETY * (allowed / error.clamp(min=1e-300)).sqrt()).clamp(SHRINK, GROW)
+        state = _State.begin(surface, tau, start, velocity, min(self.first_step, self.max_step))
+
+        def attempt(rows: Tensor, before: _State, initial: Tensor) -> tuple[_State, Tensor]:
+            after, landed, solved = self._step(surface, tau, before)
+            solution.gradients[rows] += landed.gradients
+            solution.values[rows] += landed.values
+            length = after.time - before.time
+            error = relative(after.speed - before.speed, before.speed) / (self.drift * length.clamp(min=SHARE))
+            growth = (SAFETY * error.clamp(min=TINY).rsqrt()).clamp(SHRINK, GROW)
             after.step = (length * torch.where(solved, growth, FAIL)).clamp(max=self.max_step)
-            before.step = after.step
-            before.smooth = torch.zeros_like(before.smooth)
-            state.put(rows, before.where(accepted, after))
-            solution.steps[rows] += accepted.long()
-            solution.rejected[rows] += (~accepted).long()
-            change = (state.speed()[rows] / initial[rows].clamp(min=1e-300) - 1).abs() * (initial[rows] > 0)
-            solution.drift[rows] = torch.maximum(solution.drift[rows], change)
-            arrived = state.time >= 1 - 1e-12
-            solution.reached |= active & arrived
-            active &= ~arrived & (tried < self.max_steps) & (state.step > 1e-10)
-        solution.weights, solution.velocity, solution.value = state.weights, state.velocity, state.value
+            error = torch.where(solved, error, inf)
+            state.smooth[rows] = False  # where the step is taken, what came after it says otherwise
+            return after, error
+
+        march(solution, state, self.max_steps, attempt)
         return solution
 
-    def _step(self, surface: Surface, tau: float, s: _State, h: Tensor) -> tuple[_State, Tensor, Tensor]:
-        """Return the state after a step of lengths h [member], gradients and values it took, and if it was solved."""
-        path = s.speed() * h
+    def _step(self, surface: Surface, tau: float, s: _State) -> tuple[_State, _Landed, Tensor]:
+        """Return the state after a step, how its impulse was found, and whether it was [member]."""
+        h = s.length()
+        path = s.speed * h
         tolerance = 0.5 * self.drift * path
         drifted = s.weights + _column(h, s) * s.velocity
         landed = _land(surface, tau, s, drifted, h * s.rise, 0.5 * h**2 * s.pull / s.steep(tau), tolerance)
@@ -99,49 +84,53 @@ class Rattle:
         solved = landed.solved & (landed.impulse.abs() * s.steep(tau).sqrt() <= IMPULSE * path)
         solved &= (1 + tau**2 * dot(landed.gradient, s.gradient) > 0) & torch.isfinite(dot(tangent, tangent))
         pull = 2 * landed.impulse / h**2 * s.steep(tau)
-        smooth = landed.values == 0
-        after = _State(landed.weights, tangent, rise, landed.value, landed.gradient, pull, smooth, s.time + h, h)
-        return after, torch.stack([landed.gradients, landed.values]), solved
+        after = _State(
+            weights=landed.weights,
+            velocity=tangent,
+            value=landed.value,
+            speed=(dot(tangent, tangent) + rise**2).sqrt(),
+            time=s.time + h,
+            step=h,
+            rise=rise,
+            gradient=landed.gradient,
+            pull=pull,
+            smooth=landed.values == 0,
+        )
+        return after, landed, solved
 
 
 @dataclass
-class _State:
-    """Position, velocity and surface of some members.
+class _State(Motion):
+    """rise: y' [member]; gradient: g [member, param]; pull: minus the normal acceleration times |G|^2, from the last
+    impulse [member]; smooth: whether the one before predicted it [member]."""
 
-    pull: minus the normal acceleration times |G|^2, from the last impulse; smooth: whether it predicted this one.
-    """
-
-    weights: Tensor
-    velocity: Tensor
     rise: Tensor
-    value: Tensor
     gradient: Tensor
     pull: Tensor
     smooth: Tensor
-    time: Tensor
-    step: Tensor
 
-    def speed(self) -> Tensor:
-        """Return the speed on the surface [member]."""
-        return (dot(self.velocity, self.velocity) + self.rise**2).sqrt()
+    @staticmethod
+    def begin(surface: Surface, tau: float, start: Tensor, velocity: Tensor, step: float) -> _State:
+        """Return the state at time 0, for the gradient at the start."""
+        value, gradient = surface.gradient(start)
+        rise = tau * dot(gradient, velocity)
+        zeros = torch.zeros_like(rise)
+        return _State(
+            weights=start.clone(),
+            velocity=velocity.clone(),
+            value=value,
+            speed=(dot(velocity, velocity) + rise**2).sqrt(),
+            time=zeros.clone(),
+            step=torch.full_like(rise, step),
+            rise=rise,
+            gradient=gradient,
+            pull=zeros,
+            smooth=zeros == 0,
+        )
 
     def steep(self, tau: float) -> Tensor:
         """Return |G|^2 = 1 + tau^2 |g|^2 [member]."""
         return 1 + tau**2 * dot(self.gradient, self.gradient)
-
-    def rows(self, index: Tensor) -> _State:
-        return _State(*(leaf[index] for leaf in vars(self).values()))
-
-    def put(self, index: Tensor, other: _State) -> None:
-        for name, new in vars(other).items():
-            leaf = getattr(self, name).clone()
-            leaf[index] = new
-            setattr(self, name, leaf)
-
-    def where(self, chosen: Tensor, other: _State) -> _State:
-        """Return `other` for the chosen members, self for the rest."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _State(*(torch.where(chosen if a.ndim == 1 else chosen[:, None], b, a) for a, b in pairs))
 
 
 @dataclass
@@ -184,7 +173,7 @@ def _land(
         """Correct the impulses, and return whose trial point was as good as the corrected one."""
         change = missed / slope[rows]
         landed.impulse[rows] -= change
-        return (change.abs() * reach[rows] <= tolerance[rows]) | (missed.abs() <= rounding(s, tau)[rows])
+        return (change.abs() * reach[rows] <= tolerance[rows]) | (missed.abs() <= _rounding(s, tau)[rows])
 
     def with_gradient(rows: Tensor) -> None:
         point = trial(rows)
@@ -216,17 +205,11 @@ def _land(
     return landed
 
 
-def _change(before: _State, after: _State) -> Tensor:
-    """Return by how much, relatively, a step changed the speed [member]."""
-    then = before.speed()
-    return (after.speed() / then.clamp(min=1e-300) - 1).abs() * (then > 0)
-
-
 def _column(values: Tensor, s: _State) -> Tensor:
     """Return [member] as a column in the dtype of the weights."""
     return values[:, None].to(s.weights.dtype)
 
 
-def rounding(s: _State, tau: float) -> Tensor:
+def _rounding(s: _State, tau: float) -> Tensor:
     """Return the rounding error of tau (L(w+) - L(w)) [member], below which the impulse cannot be found."""
     return 0.5 * torch.finfo(s.weights.dtype).eps * tau * (1 + s.value.abs())

@@ -165,26 +165,25 @@ class _Walk:
     def _prepare(self) -> None:
         origin = self.surface.origin.to(next(iter(self.problem.base.params.values())).dtype)
         self.start = self._polished(origin) if self.settings.start == "polished" else origin
-        _, gradient = self.surface.gradient(self.start[None])
-        self.gradient_norm = float(gradient.double().norm())
         if self.settings.start == "tilted":
             tilted(self.surface)
         self.value, self.gradient = self.surface.remember(self.start)
+        before = self.gradient if self.surface.tilt is None else self.surface.tilt
+        self.gradient_norm = float(before.double().norm())
+        self.steep = self.settings.start == "plain" and self.tau * self.gradient_norm > STEEP
         if not math.isclose(float(self.value), float(self.surface.value(self.start[None])), rel_tol=1e-6):
             raise UserError("the network's loss changes from call to call in eval mode (a dropout that stays active?)")
-        if self.tau * self.gradient_norm > STEEP and self.settings.start == "plain":
-            warnings.warn(self._steep(), stacklevel=2)
+        if self.steep:
+            warnings.warn(self._how_steep(), stacklevel=2)
         stored = self.problem.checkpoint.load("strategy")
-        if stored is None and self.surface.strategy:
-            stored = {"vmap": torch.tensor(self.surface.strategy == "vmap")}
-        if stored is None:
-            self.surface.gradient(self.start.expand(8, -1))  # with several members the surface times both ways
-            stored = {"vmap": torch.tensor(self.surface.strategy == "vmap")}
-            self.problem.checkpoint.save("strategy", stored)
-        self.surface.strategy = "vmap" if bool(stored["vmap"]) else "loop"
+        if stored is not None:
+            self.surface.strategy = "vmap" if bool(stored["vmap"]) else "loop"
+        elif isinstance(self.surface, NetworkSurface):  # a linear surface's members always go together
+            self.surface.choose(self.start)
+        self.problem.checkpoint.save("strategy", {"vmap": torch.tensor(self.surface.strategy == "vmap")})
         self.chunk = TOGETHER if self.surface.strategy == "vmap" else 1
 
-    def _steep(self) -> str:
+    def _how_steep(self) -> str:
         return (
             f"start=plain: the base is no mode of the metric's loss, tau |g| = {self.tau * self.gradient_norm:.3g} "
             f"with |g| = {self.gradient_norm:.3g}: start=tilted makes it one"
@@ -319,8 +318,8 @@ class _Walk:
                 "second derivatives miss the creases of ReLU and max-pooling, so that the "
                 "speed is not conserved: rattle takes gradients alone"
             )
-        if self.tau * self.gradient_norm > STEEP and self.settings.start == "plain":
-            notes.append(self._steep())
+        if self.steep:
+            notes.append(self._how_steep())
         return notes
 
     def diagnostics(self, made: list[Made]) -> dict[str, Any]:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .api import Part, Problem, Trained
 from .geodesic import dot
-from .modelset import Leaves
+from .modelset import Leaves, unflatten
 
 IMAGES = 512
 """Images in one pass of a network."""
+
+Tiltable = TypeVar("Tiltable", bound="LossSurface")
 
 
 @dataclass
@@ -58,9 +60,7 @@ class LossSurface:
 
     def leaves(self, flat: Tensor) -> Leaves:
         """Return flat weights [param] as the leaves that vary, by name."""
-        base = self.problem.base.params
-        parts = flat.split([base[n].numel() for n in self.names])
-        return {n: part.view_as(base[n]) for n, part in zip(self.names, parts, strict=True)}
+        return unflatten(flat, {n: self.problem.base.params[n] for n in self.names})
 
     def value(self, weights: Tensor) -> Tensor:
         """Return L [member] at weights [member, param]."""
@@ -93,7 +93,6 @@ class LossSurface:
     def _finish_gradient(self, weights: Tensor, gradient: Tensor) -> Tensor:
         if self.prior:
             gradient = gradient + self.prior * weights
-        # At the base both are the same number rounded alike, so that the start is stationary to the last bit.
         return gradient if self.tilt is None else gradient - self.tilt.to(gradient.dtype)
 
     def _over_images(self, what: type[Value], weights: Tensor, *more: Tensor) -> list[Tensor]:
@@ -103,9 +102,7 @@ class LossSurface:
     def _in_dtype(self, dtype: torch.dtype) -> Trained:
         """Return the base in the dtype of the weights."""
         if dtype not in self._cast:
-            base = self.problem.base
-            cast = lambda leaves: {n: t.to(dtype) if t.is_floating_point() else t for n, t in leaves.items()}  # noqa: E731
-            self._cast[dtype] = Trained(cast(base.params), cast(base.buffers))
+            self._cast[dtype] = self.problem.base.in_dtype(dtype)
         return self._cast[dtype]
 
 
@@ -132,6 +129,11 @@ class NetworkSurface(LossSurface):
             return share * self.problem.loss(logits.double(), labels)
 
         return loss
+
+    def choose(self, weights: Tensor) -> None:
+        """Choose the strategy by timing the gradients of eight members at weights [param]."""
+        images, labels = self.part.images[:IMAGES], self.part.labels[:IMAGES]
+        self.strategy = self._faster(self._loss(images, labels, 1.0, weights.dtype), weights.expand(8, -1))
 
     def _over_members(self, what: type[Value], loss: Callable[[Tensor], Tensor], *rows: Tensor) -> list[Tensor]:
         if not self.strategy and len(rows[0]) > 1:
@@ -225,17 +227,17 @@ def _halving(run: Callable[..., list[Tensor]], *rows: Tensor) -> list[Tensor]:
     return [torch.cat(pair) for pair in zip(first, second, strict=True)]
 
 
-def metric_part(problem: Problem, images: int | None, seed: int) -> Part:
-    """Return a fixed random subset of the training images (None: all), in their order."""
-    if images is None or images >= len(problem.train):
+def metric_part(problem: Problem, images: int, seed: int) -> Part:
+    """Return a fixed random subset of the training images (all where there are no more), in their order."""
+    if images >= len(problem.train):
         return problem.train
     order = torch.randperm(len(problem.train), generator=torch.Generator().manual_seed(seed))[:images]
     rows = order.sort().values.to(problem.train.images.device)
     return Part(problem.train.images[rows], problem.train.labels[rows])
 
 
-def tilted(surface: Any) -> Any:
-    """Tilt a surface in place, so that its origin is stationary, and return it."""
+def tilted(surface: Tiltable) -> Tiltable:
+    """Tilt a surface in place, so that its origin is stationary (in float32 to the last bit), and return it."""
     surface.tilt = None
     surface.tilt = surface.gradient(surface.origin[None].float())[1][0].double()
     return surface

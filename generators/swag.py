@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..identity import derive_seed
 from .api import Generator, Problem, choices, register_generator
 from .batchnorm import POLICIES, settle_batchnorm
-from .modelset import LowRankSet, ModelSet
+from .modelset import LowRankSet, ModelSet, unflatten
 
 
 @register_generator("swag")
@@ -52,12 +52,11 @@ class SWAG(Generator):
                 done = self._collect(problem, seed).factors()
             problem.checkpoint.save("moments", done)
         mean, shapes = done["mean"], problem.base.params
-        parts = mean.split([leaf.numel() for leaf in shapes.values()])
         drawn = LowRankSet(
             size=problem.members,
             shared_params={},
             shared_buffers=dict(problem.base.buffers),
-            mean={n: part.view_as(leaf) for (n, leaf), part in zip(shapes.items(), parts, strict=True)},
+            mean=unflatten(mean, shapes),
             factors={"sd": done["sd"], "D": done["D"]},
             seed=derive_seed(seed, "swag"),
             scale=self.scale,

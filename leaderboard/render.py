@@ -232,7 +232,7 @@ def _table(
     if base and table.scored:
         line = ["*base network*", *("" for _ in before)]
         for c in columns:
-            line += [_cell(table, _base(table, base[c.title], c.unit), c.unit, interval)] if c.title in base else [""]
+            line += [cell(table, _base(table, base[c.title], c.unit), c.unit, interval)] if c.title in base else [""]
             line += [""] if c.title in rank else []
         lines.append([*line, *("" for _ in last)])
     for row in suite.rows:
@@ -242,13 +242,13 @@ def _table(
             continue
         line += [extra.text(row) for extra in before]
         for c in columns:
-            line += [_cell(table, summarise(table, row, c), c.unit, interval)]
+            line += [cell(table, summarise(table, row, c), c.unit, interval)]
             line += [str(rank[c.title].get(row.label, NONE))] if c.title in rank else []
         lines.append([*line, *(extra.text(row) for extra in last)])
     return markdown(lines)
 
 
-def _cell(table: Table, summary: Summary, unit: str, interval: bool = True) -> str:
+def cell(table: Table, summary: Summary, unit: str, interval: bool = True) -> str:
     """Return `value [low,high]`; `*`: a single base seed where the suite has several; (3): three have a value."""
     if summary.value is None:
         return NONE
@@ -320,7 +320,7 @@ def _difference(table: Table, row: Row, reference: Row) -> str:
     mine, theirs = _acceptance(table, row), _acceptance(table, reference)
     if row == reference:
         return ""
-    return _cell(table, over_seeds({s: mine[s] - theirs[s] for s in mine if s in theirs}, "difference"), "difference")
+    return cell(table, over_seeds({s: mine[s] - theirs[s] for s in mine if s in theirs}, "difference"), "difference")
 
 
 def _epsilon_in_se(table: Table, row: Row) -> str:

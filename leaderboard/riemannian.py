@@ -19,8 +19,9 @@ from .check import FOLDER
 from .columns import Column, over_seeds, summarise
 from .predictions import load_predictions
 from .record import read_all
+from .render import cell
 from .suite import Row, board_suites
-from .text import NONE, end, markdown, number
+from .text import NONE, markdown
 
 PAGE = FOLDER.parent / "generators" / "RIEMANNIAN.md"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,7 +55,7 @@ def price(table: Table, folder: Path) -> str:
         repeats = [v > 0 for r in records for v in _members(r, "repeats")]
         cells += [str(sum(repeats)) if repeats else NONE, str(sum(len(r["set"].get("failed", [])) for r in records))]
         costs = ("fixed_cost_bt", "marginal_cost_bt", "cost_per_accepted_bt")
-        lines.append([*cells, *(_cell(table, row, Column("", f"cost:{name}")) for name in costs)])
+        lines.append([*cells, *(_cell(table, row, f"cost:{name}") for name in costs)])
     return markdown(lines)
 
 
@@ -69,15 +70,15 @@ def comparison(table: Table, folder: Path) -> str:
             continue
         priors = [r["set"]["diagnostics"].get("prior_precision") for r in records.values()]
         shown = [f"{np.median(priors):.3g}" if all(p is not None for p in priors) else NONE]
-        shown.append(_cell(table, row, Column("", "acceptance_rate")))
+        shown.append(_cell(table, row, "acceptance_rate"))
         for name in ("nll", "accuracy"):
             gains = {
                 s: r["scores"][f"{name}.member_mean"]["value"] - r["scores"][f"{name}.base"]["value"]
                 for s, r in records.items()
                 if r["scores"][f"{name}.member_mean"]["value"] is not None
             }
-            shown.append(_interval(gains, "difference"))
-        shown += [_cell(table, row, Column("", key)) for key in ("ambiguity@5", "disagreement", "vpr@5")]
+            shown.append(cell(table, over_seeds(gains, "difference"), "difference"))
+        shown += [_cell(table, row, key) for key in ("ambiguity@5", "disagreement", "vpr@5")]
         lines.append([f"`{row.label}`", *shown, *_likeness(table, row, folder)])
     return markdown(lines)
 
@@ -95,21 +96,9 @@ def _mean(values: Iterable[float]) -> str:
     return f"{np.mean(values):.1f}" if values else NONE
 
 
-def _cell(table: Table, row: Row, column: Column) -> str:
-    summary = summarise(table, row, column)
-    if summary.value is None:
-        return NONE
-    text = number(summary.value, column.unit)
-    if summary.low is not None and summary.high is not None:
-        text += f" [{end(summary.low, column.unit)},{end(summary.high, column.unit)}]"
-    return text
-
-
-def _interval(values: dict[int, float], unit: str) -> str:
-    summary = over_seeds(values, unit)
-    if summary.value is None or summary.low is None or summary.high is None:
-        return number(summary.value, unit)
-    return f"{number(summary.value, unit)} [{end(summary.low, unit)},{end(summary.high, unit)}]"
+def _cell(table: Table, row: Row, key: str) -> str:
+    column = Column("", key)
+    return cell(table, summarise(table, row, column), column.unit)
 
 
 def _likeness(table: Table, row: Row, folder: Path) -> list[str]:
@@ -134,7 +123,7 @@ def _likeness(table: Table, row: Row, folder: Path) -> list[str]:
             a, b = pairs[0][i], pairs[1][i]
             if np.ptp(a) > 0 and np.ptp(b) > 0:
                 found[i][seed] = float(spearmanr(a, b).statistic)
-    return [_interval(values, "number") for values in found]
+    return [cell(table, over_seeds(values, "number"), "number") for values in found]
 
 
 def _maps(table: Table, record: Record, folder: Path) -> tuple:

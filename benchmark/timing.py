@@ -1,0 +1,38 @@
+"""Seconds, and rows of speed.json made of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .provenance import LIBRARIES, library_version
+from .store import synchronise
+
+CPU = torch.device("cpu")
+
+
+def timed(work: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Return the seconds that `work` takes, everything on the device included."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def as_row(name: str, ours: list[float], baseline: list[float], device: torch.device = CPU) -> dict[str, Any]:
+    """Return a row of speed.json from seconds: medians, their ratio, and the spread of ours."""
+    a, b = statistics.median(ours), statistics.median(baseline)
+    return {
+        "name": name,
+        "device": device.type,
+        "ratio": b / a,
+        "ours_s": a,
+        "baseline_s": b,
+        "spread": (max(ours) - min(ours)) / a,
+        "versions": {library: library_version(library) for library in LIBRARIES},
+    }
