@@ -50,16 +50,15 @@ class DearMembers:
         problem = self.problem
         precision = self._precision()
         made: list[Made] = []
-        for chunk in problem.progress(
-            self._chunks(problem.members), self.name, math.ceil(problem.members / self.chunk)
-        ):
-            stored = [problem.checkpoint.load(f"member {k}") for k in chunk]
-            if any(one is None for one in stored):
+        chunks = self._chunks(problem.members)
+        for chunk in problem.progress(chunks, self.name, len(chunks)):
+            stored = [one for k in chunk if (one := problem.checkpoint.load(f"member {k}")) is not None]
+            if len(stored) < len(chunk):
                 with problem.clock.marginal():
-                    stored = list(self.make(precision, chunk))
+                    stored = self.make(precision, chunk)
                 for k, one in zip(chunk, stored, strict=True):
-                    problem.checkpoint.save(f"member {k}", one or {})
-            made += [one or {} for one in stored]
+                    problem.checkpoint.save(f"member {k}", one)
+            made += stored
         return precision, made[: problem.members]
 
     def _chunks(self, count: int) -> list[range]:
@@ -89,7 +88,8 @@ class DearMembers:
             kept = tried.made if reached else kept
             return reached
 
-        start = math.log10(self.settings.choose(self.problem, self.posterior, self.seed))
+        rough = {"resolution": RESOLUTION, "draws": DRAWS}  # no finer than what follows
+        start = math.log10(self.settings.choose(self.problem, self.posterior, self.seed, **rough))
         with self.problem.clock.fixed():
             precision = 10 ** widest(reaches, LOW, HIGH, start=start, stride=STRIDE, resolution=RESOLUTION)
         for k, (made, seconds) in kept.items():
@@ -117,6 +117,12 @@ class _Tried:
             seconds = (time.perf_counter() - start) / len(chunk)
             self.made |= {i: (one, seconds) for i, one in zip(chunk, made, strict=True)}
         return self.dear.loss(self.made[k][0])
+
+
+def plain_number(value: torch.Tensor) -> float | int | None:
+    """Return a number as a record holds it: None where it is not finite."""
+    number = value.item()
+    return number if math.isfinite(number) else None
 
 
 def leaves_of(made: Made, posterior: Posterior) -> Leaves:

@@ -74,8 +74,11 @@ class FromPosterior(Generator):
             return f"tune has {len(problem.tune)} images, choosing the prior precision on it needs {TUNE_AT_LEAST}"
         return reason
 
-    def choose(self, problem: Problem, posterior: Posterior, seed: int) -> float:
-        """Return the prior precision; where it is chosen on tune, by the posterior's own draws, it survives a kill."""
+    def choose(self, problem: Problem, posterior: Posterior, seed: int, **search: Any) -> float:
+        """Return the prior precision; where it is chosen on tune, by the posterior's own draws, it survives a kill.
+
+        search: resolution and draws of `choose_prior`.
+        """
 
         def member(precision: float, k: int) -> tuple[Leaves, Leaves]:
             drawn = posterior.at(precision, seed, problem.members)
@@ -87,7 +90,13 @@ class FromPosterior(Generator):
             return float(done["precision"])
         with problem.clock.fixed():
             precision = choose_prior(
-                self.prior_precision, problem, posterior.marglik, member, self.target_epsilon, self.target_acceptance
+                self.prior_precision,
+                problem,
+                posterior.marglik,
+                member,
+                self.target_epsilon,
+                self.target_acceptance,
+                **search,
             )
         if tuned:
             problem.checkpoint.save("prior", {"precision": torch.tensor(precision, dtype=torch.float64)})

@@ -46,9 +46,12 @@ def choose_prior(
     member: Callable[[float, int], tuple[Leaves, Leaves]],
     target_epsilon: float,
     target_acceptance: float,
+    resolution: float = RESOLUTION,
+    draws: int | None = None,
 ) -> float:
     """Return the prior precision: a given number, marginal likelihood's, or one chosen on tune.
 
+    resolution: of tune_acceptance, in log10; draws: that it is decided on (None: `tune_draws`).
     `member(precision, k)` returns parameters and buffers of draw k; the draws on tune are the set's own first members,
     so that their noise is the same at every precision tried.
     """
@@ -57,7 +60,7 @@ def choose_prior(
         return number
     if how == "marglik":
         return marglik
-    draws = tune_draws(problem)
+    draws = tune_draws(problem) if draws is None else draws
     if how == "tune_loss":
 
         def predictive_loss(precision: float) -> float:
@@ -70,7 +73,7 @@ def choose_prior(
         loss = lambda k: problem.tune_loss(*member(10**exponent, k))  # noqa: E731
         return reaches_on_tune(problem, loss, draws, target_epsilon, target_acceptance)
 
-    return 10 ** widest(reaches, LOW, HIGH, resolution=RESOLUTION)
+    return 10 ** widest(reaches, LOW, HIGH, resolution=resolution)
 
 
 def tune_draws(problem: Problem) -> int:

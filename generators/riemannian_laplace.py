@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..identity import derive_seed
 from .api import Problem, choices, register_generator
 from .batchnorm import settle_batchnorm, settled_member
-from .dear_members import DearMembers, Made, leaves_of
+from .dear_members import DearMembers, Made, leaves_of, plain_number
 from .dormand_prince import DormandPrince
 from .ek0 import EK0
 from .fisher import FisherMetric, fisher_obstacle
@@ -326,7 +326,7 @@ class _Walk:
         """Return what the record says: per set, and per member in lists."""
         bounded = INTEGRATORS[self.settings.integrator](self.settings.drift).bounded and self.tau > 0
         bounded &= self.settings.metric == "loss"
-        column = lambda name: [_plain(one[name]) for one in made]  # noqa: E731
+        column = lambda name: [plain_number(one[name]) for one in made]  # noqa: E731
         listed = {n: column(n) for n in ("gradients", "curvatures", "values", "steps", "rejected", "drift", "repeats")}
         return {
             "tau": self.tau,
@@ -360,11 +360,6 @@ INTEGRATORS: dict[str, Any] = {
     "projected_flow": lambda drift: ProjectedFlow(),
 }
 """Integrators by name, for a drift that is aimed at."""
-
-
-def _plain(value: Tensor) -> float | int | None:
-    number = value.item()
-    return number if math.isfinite(number) else None
 
 
 def _whole(text: str) -> bool:

@@ -98,7 +98,7 @@ class Maker:
             prior_precision=self.prior,
             target_epsilon=0.05,
             target_acceptance=self.target,
-            choose=lambda *_: number or 10**self.start,
+            choose=lambda *_, **search: number or 10**self.start,
         )
         return DearMembers(
             settings, self.problem, self.posterior, 3, self.make, self.loss, "members", self.chunk

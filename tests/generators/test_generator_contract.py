@@ -12,6 +12,7 @@ BUILT_IN = {
     "identical",
     "laplace",
     "logit_noise",
+    "dissipative",
     "perturb_sgd",
     "ray_exit",
     "retrain",
@@ -48,7 +49,7 @@ GEODESICS = [
     {"linearised": True, "prior_precision": "tune_acceptance"},
 ]
 # Members that cost many passes are tuned under BatchNorm, where each is re-estimated, in the slow tests only.
-DEAR = {"perturb_sgd", "ray_exit", "riemannian_laplace"}
+DEAR = {"dissipative", "perturb_sgd", "ray_exit", "riemannian_laplace"}
 
 
 def label(settings: dict) -> str:
