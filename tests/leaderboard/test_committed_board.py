@@ -46,8 +46,9 @@ def test_geodesics_stand_beside_their_rivals_and_the_retrainings(name):
     assert {row.label for row in SUITES[name].rows} >= wanted | {"riemannian_laplace"}
 
 
-def test_the_papers_metric_stands_on_the_board_of_real_images():
-    assert "riemannian_laplace[tau=1]" in {row.label for row in SUITES["breastmnist"].rows}
+@pytest.mark.parametrize("name", ["breastmnist", "phantom"])
+def test_the_papers_metric_stands_on_both_boards(name):
+    assert "riemannian_laplace[tau=1]" in {row.label for row in SUITES[name].rows}
 
 
 def test_every_committed_record_fills_a_cell(records):
