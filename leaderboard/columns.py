@@ -239,6 +239,14 @@ def over_seeds(values: Mapping[int, float], unit: str, reasons: Mapping[int, str
 def ranks(table: Table, column: Column, level: float = 0.05) -> dict[str, int]:
     """Return row label -> rank for the rows that `column` ranks; ties share a rank."""
     eligible = {row.label: values for row in table.suite.rows if (values := _ranked_values(table, row, column))}
+    return rank(eligible, column.better, level)
+
+
+def rank(eligible: Mapping[str, Mapping[int, float]], better: str, level: float = 0.05) -> dict[str, int]:
+    """Return label -> rank, 1 + the number of labels that are significantly better, from each one's per-seed values.
+
+    better: higher | lower. Paired t test over the base seeds that two share, Holm over all pairs.
+    """
     pairs = [
         (a, b, seeds)
         for a, b in combinations(eligible, 2)
@@ -249,7 +257,7 @@ def ranks(table: Table, column: Column, level: float = 0.05) -> dict[str, int]:
     adjusted = holm([paired_p(d) for d in differences])
     for (a, b, _), difference, p in zip(pairs, differences, adjusted):
         if p <= level:
-            a_is_better = (np.mean(difference) > 0) == (column.better == "higher")
+            a_is_better = (np.mean(difference) > 0) == (better == "higher")
             worse[b if a_is_better else a] += 1
     return {label: 1 + worse[label] for label in eligible}
 

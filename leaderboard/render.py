@@ -232,7 +232,9 @@ def _table(
     if base and table.scored:
         line = ["*base network*", *("" for _ in before)]
         for c in columns:
-            line += [cell(table, _base(table, base[c.title], c.unit), c.unit, interval)] if c.title in base else [""]
+            line += (
+                [cell(table.suite, _base(table, base[c.title], c.unit), c.unit, interval)] if c.title in base else [""]
+            )
             line += [""] if c.title in rank else []
         lines.append([*line, *("" for _ in last)])
     for row in suite.rows:
@@ -242,13 +244,13 @@ def _table(
             continue
         line += [extra.text(row) for extra in before]
         for c in columns:
-            line += [cell(table, summarise(table, row, c), c.unit, interval)]
+            line += [cell(table.suite, summarise(table, row, c), c.unit, interval)]
             line += [str(rank[c.title].get(row.label, NONE))] if c.title in rank else []
         lines.append([*line, *(extra.text(row) for extra in last)])
     return markdown(lines)
 
 
-def cell(table: Table, summary: Summary, unit: str, interval: bool = True) -> str:
+def cell(suite: Suite, summary: Summary, unit: str, interval: bool = True) -> str:
     """Return `value [low,high]`; `*`: a single base seed where the suite has several; (3): three have a value."""
     if summary.value is None:
         return NONE
@@ -256,7 +258,7 @@ def cell(table: Table, summary: Summary, unit: str, interval: bool = True) -> st
     if interval and summary.low is not None and summary.high is not None:
         # No space inside the brackets: a narrow rendering breaks between value and interval, nowhere else.
         text += f" [{end(summary.low, unit)},{end(summary.high, unit)}]"
-    if len(table.suite.base_seeds) > 1 and len(summary.seeds) == 1:
+    if len(suite.base_seeds) > 1 and len(summary.seeds) == 1:
         return text + " *"
     return text + f" ({len(summary.seeds)})" if summary.reasons else text
 
@@ -320,7 +322,9 @@ def _difference(table: Table, row: Row, reference: Row) -> str:
     mine, theirs = _acceptance(table, row), _acceptance(table, reference)
     if row == reference:
         return ""
-    return cell(table, over_seeds({s: mine[s] - theirs[s] for s in mine if s in theirs}, "difference"), "difference")
+    return cell(
+        table.suite, over_seeds({s: mine[s] - theirs[s] for s in mine if s in theirs}, "difference"), "difference"
+    )
 
 
 def _epsilon_in_se(table: Table, row: Row) -> str:

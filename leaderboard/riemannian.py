@@ -77,7 +77,7 @@ def comparison(table: Table, folder: Path) -> str:
                 for s, r in records.items()
                 if r["scores"][f"{name}.member_mean"]["value"] is not None
             }
-            shown.append(cell(table, over_seeds(gains, "difference"), "difference"))
+            shown.append(cell(table.suite, over_seeds(gains, "difference"), "difference"))
         shown += [_cell(table, row, key) for key in ("ambiguity@5", "disagreement", "vpr@5")]
         lines.append([f"`{row.label}`", *shown, *_likeness(table, row, folder)])
     return markdown(lines)
@@ -98,7 +98,7 @@ def _mean(values: Iterable[float]) -> str:
 
 def _cell(table: Table, row: Row, key: str) -> str:
     column = Column("", key)
-    return cell(table, summarise(table, row, column), column.unit)
+    return cell(table.suite, summarise(table, row, column), column.unit)
 
 
 def _likeness(table: Table, row: Row, folder: Path) -> list[str]:
@@ -123,7 +123,7 @@ def _likeness(table: Table, row: Row, folder: Path) -> list[str]:
             a, b = pairs[0][i], pairs[1][i]
             if np.ptp(a) > 0 and np.ptp(b) > 0:
                 found[i][seed] = float(spearmanr(a, b).statistic)
-    return [cell(table, over_seeds(values, "number"), "number") for values in found]
+    return [cell(table.suite, over_seeds(values, "number"), "number") for values in found]
 
 
 def _maps(table: Table, record: Record, folder: Path) -> tuple:
