@@ -10,14 +10,16 @@ from typing import Any
 from ..errors import UserError
 from ..metrics.api import Score, Settings
 from . import record as records_module
-from .cells import Record, is_candidate, verified
+from .cells import Record, is_candidate, settle_all, verified
 from .notes import off_null
 from .predictions import load_arrays, load_predictions, predictions_digest
 from .render import render, render_csv
+from .science_files import science_problems
 from .suite import Suite, load_suite, suite_names
 
 FOLDER = Path(__file__).parent
-"""The committed board: `records/`, `predictions/<suite>/`, `suites/`, LEADERBOARD.md and leaderboard.csv."""
+"""The committed board: `records/`, `predictions/<suite>/`, `suites/`, LEADERBOARD.md and leaderboard.csv; what was
+computed from them, `science/<suite>.json`, SCIENCE.md and `figures/`."""
 
 BOARD, TABLE = "LEADERBOARD.md", "leaderboard.csv"
 LIMIT = 10_000_000
@@ -65,6 +67,25 @@ def problems(folder: Path) -> Iterator[str]:
     if not broken:  # a board of fewer records would differ for no reason of its own
         yield from _differs(folder / BOARD, render(records, board))
         yield from _differs(folder / TABLE, render_csv(records, board))
+        yield from science_problems(folder, settle_all(board, filter(verified, records)))
+
+
+def predictions_of(record_path: Path, predictions_folder: Path) -> tuple[Record, Path]:
+    """Return a record and the path of its predictions, looked for in `predictions_folder` and below.
+
+    Raises UserError for a record whose run was not ok, that names no predictions, or whose file is not there.
+    """
+    record = records_module.read(record_path)
+    if record["status"] != "ok":
+        why = f" ({record['reason']})" if record["reason"] else ""
+        raise UserError(f"{record_path}: its run is {record['status']}, without predictions{why}: run its cell again")
+    file = record["predictions"].get("file")
+    if not file:
+        raise UserError(f"{record_path}: has no predictions to verify it by, or to show: run its cell in a suite")
+    found = sorted(predictions_folder.rglob(file))
+    if not found:
+        raise UserError(f"{record_path}: its predictions {file} are not in {predictions_folder}: name their folder")
+    return record, found[0]
 
 
 def verify(record_path: Path, predictions_folder: Path) -> list[str]:
@@ -75,16 +96,10 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
     """
     from ..metrics.evaluation import catalogue, evaluate
 
-    record = records_module.read(record_path)
-    file = record["predictions"].get("file")
-    if record["status"] != "ok" or not file:
-        raise UserError(f"{record_path}: has no predictions to verify it by ({record['status']}): run its cell again")
-    found = sorted(predictions_folder.rglob(file))
-    if not found:
-        raise UserError(f"{record_path}: its predictions {file} are not in {predictions_folder}: name their folder")
+    record, file = predictions_of(record_path, predictions_folder)
     differences = []
-    if predictions_digest(load_arrays(found[0])) != record["predictions"]["digest"]:
-        differences.append(f"{found[0]}: is not the file that the record was made from (digest differs)")
+    if predictions_digest(load_arrays(file)) != record["predictions"]["digest"]:
+        differences.append(f"{file}: is not the file that the record was made from (digest differs)")
     protocol, data = record["protocol"], record["data"]
     versions = {name: info.version for name, info in catalogue(sorted(protocol["metrics"])).items()}
     for name, version in sorted(protocol["metrics"].items()):
@@ -93,10 +108,10 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
     declared = {key: value for key, value in protocol.items() if key not in ("metrics", "predictions")}
     settings = Settings(**declared | {"epsilons": tuple(protocol["epsilons"])})
     try:
-        val, test = load_predictions(found[0], data["task"], data.get("positive"))
+        val, test = load_predictions(file, data["task"], data.get("positive"))
         evaluation = evaluate(val, test, settings, names=sorted(protocol["metrics"]))
     except ValueError as error:
-        raise UserError(f"{found[0]}: cannot be scored ({error}): restore it") from error
+        raise UserError(f"{file}: cannot be scored ({error}): restore it") from error
     accepted = [int(m) for m in evaluation.accepted]
     if accepted != record["set"]["accepted"]:
         differences.append(f"set.accepted: recorded {record['set']['accepted']}, from the predictions {accepted}")

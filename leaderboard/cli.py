@@ -1,4 +1,4 @@
-"""The command `leaderboard`: build a board from records, check the committed one, verify a record.
+"""The command `leaderboard`: build a board from records, check the committed one, verify a record, show what it says.
 
 Commands that need the whole package (exporting a member, running a cell again) add themselves to what `build_parser`
 returns: a subparser with `set_defaults(run=function)`, where function takes the parsed arguments and returns an exit
@@ -38,7 +38,8 @@ def build_parser() -> tuple[Parser, argparse._SubParsersAction]:
     build = commands.add_parser(
         "build",
         help="write a board from records",
-        description="Write a board. Alone: the committed one; with --records or --suite: to --out or the terminal.",
+        description="Write a board. Alone: the committed one, and SCIENCE.md with its figures, from the committed "
+        "predictions (a minute); with --records or --suite: a board to --out or the terminal.",
     )
     build.add_argument("--records", type=Path, metavar="DIR", help="folder of records (default: the committed ones)")
     build.add_argument("--suite", metavar="NAME", help="name or path of a suite (default: all that have records)")
@@ -50,8 +51,19 @@ def build_parser() -> tuple[Parser, argparse._SubParsersAction]:
 
     verify = commands.add_parser("verify", help="score the predictions of a record again and compare")
     verify.add_argument("record", metavar="RECORD", help="path of a record, or name of a committed one")
-    verify.add_argument("--predictions", type=Path, metavar="DIR", help="folder of its predictions file")
     verify.set_defaults(run=run_verify)
+
+    sheet = commands.add_parser("sheet", help="one page on the set of a record: who is in it, how much they disagree")
+    sheet.add_argument("record", metavar="RECORD", help="path of a record, or name of a committed one")
+    sheet.add_argument("--out", type=Path, metavar="FILE", help="Markdown file (default: the terminal)")
+    sheet.set_defaults(run=run_sheet)
+
+    case = commands.add_parser("case", help="what the members of a record's set decide on one test case")
+    case.add_argument("record", metavar="RECORD", help="path of a record, or name of a committed one")
+    case.add_argument("case", metavar="ID", help="id of the case (else patient code, else index), or patient=CODE")
+    case.set_defaults(run=run_case)
+    for command in (verify, sheet, case):
+        command.add_argument("--predictions", type=Path, metavar="DIR", help="folder of its predictions file")
     return parser, commands
 
 
@@ -72,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Write a board, or print it: `leaderboard build`."""
+    from .cells import settle_all, verified
     from .render import render, render_csv
+    from .science_files import build_science
     from .suite import board_suites, load_suite
 
     records = _records(args.records)
@@ -94,6 +108,9 @@ def run_build(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: is the Markdown file, name it .md")
     _write(out, render(records, suites))
     _write(table, render_csv(records, suites))
+    if not args.out:
+        tables = settle_all(suites, filter(verified, records))
+        build_science(FOLDER, tables, _write, lambda text: print(text, file=sys.stderr))
     print(f"{out} and {table.name}: {len(records)} records, suites {', '.join(suite.name for suite in suites)}")
     return 0
 
@@ -111,11 +128,33 @@ def run_verify(args: argparse.Namespace) -> int:
     from .check import verify
 
     path = record_path(args.record)
-    folder = args.predictions or path.parent.parent / "predictions"
-    differences = verify(path, folder)
+    differences = verify(path, _predictions_folder(args, path))
     if differences:
         raise UserError("\n".join(f"{path.stem}: {difference}" for difference in differences))
     print(f"{path.stem}: every score follows from the predictions")
+    return 0
+
+
+def run_sheet(args: argparse.Namespace) -> int:
+    """Write the multiplicity sheet of a record, or print it: `leaderboard sheet RECORD`."""
+    from .sheet import sheet
+
+    path = record_path(args.record)
+    text = sheet(path, _predictions_folder(args, path))
+    if args.out:
+        _write(args.out, text)
+        print(args.out)
+    else:
+        print(text, end="")
+    return 0
+
+
+def run_case(args: argparse.Namespace) -> int:
+    """Print the card of one case, or of one patient: `leaderboard case RECORD ID`."""
+    from .sheet import case_card
+
+    path = record_path(args.record)
+    print(case_card(path, _predictions_folder(args, path), args.case), end="")
     return 0
 
 
@@ -133,6 +172,10 @@ def record_path(name_or_path: str) -> Path:
     raise UserError(
         f"no record '{name_or_path}': " + (suggest(path.stem, known) if len(known) < 20 else "name its file")
     )
+
+
+def _predictions_folder(args: argparse.Namespace, record: Path) -> Path:
+    return args.predictions or record.parent.parent / "predictions"
 
 
 def _suites_of(records: list) -> list:

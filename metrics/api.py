@@ -95,7 +95,10 @@ class MetricInfo:
     `.ensemble`; the value is the mean over the members handed in;
     `set`: `f(context)`, the accepted members (`context.probabilities`) and the base (`context.base`);
     with `at_k` `f(context, k)`, `k=None` for all members, recorded with and without `@k`;
-    `membership`: `f(membership, epsilon)` returns who is accepted, bool [member], recorded for every tolerance.
+    `membership`: `f(membership, epsilon)` returns who is accepted, bool [member], recorded for every tolerance;
+    `criterion`: `f(context, probabilities)`, as for `model`, returns a `PerMember`, or a dict of these (or of
+    `Undefined`) by suffix: what a user could choose a member by. It has a better direction, is handed to `selection`
+    alone and stands in no record.
 
     needs: what must be there, in words; min_members: the least number of accepted members of a `set` metric.
     """
@@ -111,7 +114,8 @@ class MetricInfo:
     min_members: int = 1
 
     def __post_init__(self) -> None:
-        for value, allowed in ((self.direction, ("higher", "lower", "neither")), (self.level, LEVELS)):
+        directions = ("higher", "lower") if self.level == "criterion" else ("higher", "lower", "neither")
+        for value, allowed in ((self.direction, directions), (self.level, LEVELS)):
             if value not in allowed:
                 raise ValueError(f"metric '{self.name}': '{value}' is none of {', '.join(allowed)}")
 
@@ -124,7 +128,21 @@ class Metric(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
 
-LEVELS = ("model", "set", "membership")
+LEVELS = ("model", "set", "membership", "criterion")
+
+
+@dataclass(frozen=True)
+class PerMember:
+    """A criterion of every member.
+
+    values: float64 [member]; draws: float64 [draw, member], on the draws of `context.bootstrap`, NaN where a draw
+    leaves it undefined; groups: codes of the groups that it is taken over, if any: a choice made on one view and
+    reported on another keeps the groups that both have.
+    """
+
+    values: np.ndarray
+    draws: np.ndarray
+    groups: tuple[int, ...] = ()
 
 
 class Undefined(Exception):

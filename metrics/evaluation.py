@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from .api import METRICS, Metric, MetricInfo, Predictions, Score, Settings, Undefined
 from .context import Context, check_finite, contexts
 from .decisions import ambiguous
@@ -35,8 +36,12 @@ class Evaluation:
 
 
 def catalogue(names: Sequence[str] | None = None) -> dict[str, MetricInfo]:
-    """Return what the metrics declare, by name, without computing any; all that can be imported by default."""
-    return {name: function.info for name, function in _functions(names).items()}
+    """Return what the metrics declare, by name, without computing any; by default all that a record can hold.
+
+    Criteria (`level="criterion"`) are chosen by, not recorded: they are left out.
+    """
+    functions = _functions(None) if names is None else {name: METRICS.get(name) for name in names}
+    return {name: function.info for name, function in functions.items()}
 
 
 def evaluate(
@@ -45,7 +50,7 @@ def evaluate(
     """Score a model set: membership on `val`, every metric (or those named) on `test` for the accepted members.
 
     Raises NonFinite naming member and sample for logits that are not finite, ValueError for shapes that do not fit,
-    UserError for an unknown metric, Undefined when the loss of membership has no value on `val`.
+    UserError for an unknown metric or a criterion, Undefined when the loss of membership has no value on `val`.
     """
     settings = settings or Settings()
     for view in (val, test):
@@ -112,7 +117,11 @@ def check_shapes(predictions: Predictions) -> None:
 
 
 def _functions(names: Sequence[str] | None) -> dict[str, Metric]:
-    return dict(METRICS.load_all()) if names is None else {name: METRICS.get(name) for name in names}
+    functions = dict(METRICS.load_all()) if names is None else {name: METRICS.get(name) for name in names}
+    criteria = [name for name, function in functions.items() if function.info.level == "criterion"]
+    if names is not None and criteria:
+        raise UserError(f"{', '.join(criteria)}: members are chosen by a criterion, no record scores it")
+    return {name: function for name, function in functions.items() if name not in criteria}
 
 
 def _acceptance(functions: Mapping[str, Metric], who: Membership, settings: Settings) -> dict[str, Score]:

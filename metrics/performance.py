@@ -112,11 +112,13 @@ def aurocs(context: Context, probabilities: np.ndarray) -> tuple[np.ndarray, np.
     classes = [context.positive] if context.classes == 2 else range(context.classes)
     parts = []
     for c in classes:
-        parts.append(_auroc_of_class(context, [_ranking(p, c) for p in probabilities], c))
+        parts.append(_auroc_of_class(context, [odds_ranking(p, c) for p in probabilities], c))
     return np.mean([v for v, _ in parts], axis=0), np.mean([d for _, d in parts], axis=0)
 
 
-def _ranking(probabilities: np.ndarray, c: int) -> np.ndarray:
+def odds_ranking(probabilities: np.ndarray, c: int) -> np.ndarray:
+    """Return what ranks the samples by class c, [sample]: its probability; of two classes its odds, which keep
+    confident scores apart. probabilities: [sample, class]."""
     if probabilities.shape[-1] > 2:
         return probabilities[:, c]
     return probabilities[:, c] / np.maximum(probabilities[:, 1 - c], np.finfo(np.float64).tiny)

@@ -76,7 +76,8 @@ def sources(draws: Sequence[np.ndarray], subsets: Sequence[np.ndarray], values: 
     Draws of different base seeds belong to the same resampled patients and are averaged draw by draw.
     """
     patients = float(np.std(np.mean(draws, axis=0))) if len(draws) and len(draws[0]) else float("nan")
-    members = float(np.sqrt(np.mean([np.var(s, ddof=1) for s in subsets]))) if len(subsets) else float("nan")
+    several = len(subsets) > 0 and min(map(len, subsets)) > 1  # k of k members have no other subset
+    members = float(np.sqrt(np.mean([np.var(s, ddof=1) for s in subsets]))) if several else float("nan")
     bases = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return Sources(patients, members, bases)
 

@@ -86,3 +86,25 @@ def test_every_option_that_the_readme_names_exists():
     named = {n for row in rows for n in re.findall(r"`(\w+)(?:=\w+)?`", row)}
     fields = set(Options.__dataclass_fields__)
     assert named and named <= fields, named - fields
+
+
+def test_the_example_criterion_is_taken_up_by_selection_and_resampled_by_patient(monkeypatch):
+    import numpy as np
+    from multiplicity_bench.metrics.api import METRICS
+    from multiplicity_bench.metrics.context import Context
+    from multiplicity_bench.metrics.intervals import PatientBootstrap
+    from multiplicity_bench.metrics.selection import select
+
+    monkeypatch.setattr(METRICS, "_objects", dict(METRICS._objects))
+    monkeypatch.setattr(METRICS, "_origins", dict(METRICS._origins))
+    names: dict = {"__name__": "example"}
+    exec(block("<!-- example-criterion -->", "python"), names)
+    rng = np.random.default_rng(0)
+    probabilities, base = rng.dirichlet([1, 1], size=(6, 60)), rng.dirichlet([1, 1], size=60)
+    labels = rng.integers(2, size=60)
+    views = [Context(probabilities, base, labels, PatientBootstrap(60, rng.integers(30, size=60), 50, 0)) for _ in "vt"]
+    (found,) = select([views[0]], [views[1]], 3, 0.05, names=["first_class_recall"]).values()
+    recalls = (probabilities.argmax(-1) == 0)[:, labels == 0].mean(axis=1)
+    assert recalls[found.chosen] == recalls.max()
+    assert found.gain.value == pytest.approx(recalls.max() - (base.argmax(-1) == 0)[labels == 0].mean())
+    assert len(found.gain.draws) == 50 and found.gain.draws.std() > 0

@@ -64,7 +64,7 @@ def make_record():
     return _make_record
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_records():
     """Return make(suite, change=None): a record for every cell of a suite; `change` edits each before it is sealed."""
     return lambda suite, change=None: [_make_record(row.label, seed, change) for row, seed in suite.cells()]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard import cli
+from multiplicity_bench.leaderboard.cells import settle_all
 from multiplicity_bench.leaderboard.check import check, problems, verify
 from multiplicity_bench.leaderboard.predictions import (
     arrays_predictions,
@@ -19,41 +22,55 @@ from multiplicity_bench.leaderboard.predictions import (
 )
 from multiplicity_bench.leaderboard.record import SECTIONS, seal, write
 from multiplicity_bench.leaderboard.render import render, render_csv
+from multiplicity_bench.leaderboard.science_files import build_science
 from multiplicity_bench.metrics.api import Predictions, Settings
 from multiplicity_bench.metrics.evaluation import catalogue, evaluate
 
 
 @pytest.fixture
-def board(tmp_path, suite, make_records):
+def board(tmp_path, suite, made_board):
     """A complete board of three records with predictions, in a folder of its own."""
-    for record in make_records(suite):
-        if record["row"] in ("identical", "swag", "retrain") and record["identity"]["base_seed"] == 0:
-            arrays = predictions_arrays(*toy_predictions(1 if record["row"] == "swag" else 2))
-            path = tmp_path / "predictions" / "toy" / f"{record['name']}.npz"
-            record["predictions"] = {"file": path.name, "digest": save_predictions(path, arrays)}
-            write(seal(record), tmp_path / "records")
-    build(tmp_path, suite)
+    shutil.copytree(made_board(tmp_path, suite), tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made_board(tmp_path_factory, make_records):
+    """Return `made_board(folder, suite)`: the folder with the board of the suite, which is made once."""
+    made = tmp_path_factory.mktemp("board")
+
+    def make(folder: Path, suite) -> Path:
+        if not (made / "SCIENCE.md").exists():
+            shutil.copytree(folder / "suites", made / "suites")
+            for record in make_records(suite):
+                if record["row"] in ("identical", "swag", "retrain") and record["identity"]["base_seed"] == 0:
+                    arrays = predictions_arrays(*toy_predictions(1 if record["row"] == "swag" else 2))
+                    path = made / "predictions" / "toy" / f"{record['name']}.npz"
+                    record["predictions"] = {"file": path.name, "digest": save_predictions(path, arrays)}
+                    write(seal(record), made / "records")
+            build(made, suite)
+        return made
+
+    return make
 
 
 def build(folder, suite):
     records = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
     (folder / "LEADERBOARD.md").write_text(render(records, [suite]), encoding="utf-8")
     (folder / "leaderboard.csv").write_text(render_csv(records, [suite]), encoding="utf-8")
+    build_science(folder, settle_all([suite], records), Path.write_text, lambda text: None)
 
 
 def toy_predictions(seed: int) -> tuple[Predictions, Predictions]:
-    """Return random predictions on val and test, rounded as a run rounds them before it scores them."""
-    rng = np.random.default_rng(seed)
+    """Return random members of the same cases whatever the seed, rounded as a run rounds what it scores."""
 
     def view(name: str, n: int) -> Predictions:
-        base = rng.normal(size=(n, 2)).astype(np.float32)
+        cases, rng = np.random.default_rng(n), np.random.default_rng([seed, n])
+        base = cases.normal(size=(n, 2)).astype(np.float32)
+        labels = (base[:, 1] + cases.normal(size=n) > base[:, 0]).astype(np.int64)
+        patient, sex = cases.integers(0, n // 2, n), cases.integers(0, 2, n)
         logits = (base + 0.3 * rng.normal(size=(6, n, 2))).astype(np.float32)
-        labels = (base[:, 1] + rng.normal(size=n) > base[:, 0]).astype(np.int64)
-        sex = rng.integers(0, 2, n)
-        return Predictions(
-            logits, base, labels, "binary", name, 1, rng.integers(0, n // 2, n), np.arange(n), {"sex": sex}
-        )
+        return Predictions(logits, base, labels, "binary", name, 1, patient, np.arange(n), {"sex": sex})
 
     return arrays_predictions(predictions_arrays(view("val", 30), view("test", 40)), "binary", 1)
 
@@ -155,6 +172,32 @@ def test_a_control_off_its_null_values_fails_the_check(board, suite, make_record
     write(record, board / "records")
     build(board, suite)
     assert any("the control is not at its null values (ambiguity = 1e-12)" in problem for problem in problems(board))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "science" / "toy.json").unlink(), "science/toy.json: is missing: run `leaderboard build`"),
+        (lambda f: (f / "science" / "toy.json").write_text("{"), "science/toy.json: is no JSON"),
+        (lambda f: edit(f / "science" / "toy.json", '"k": 5', '"k": 6'), "SCIENCE.md: is not what science/ says"),
+        (lambda f: edit(f / "science" / "toy.json", '"inputs": "', '"inputs": "0'), "was computed from other records"),
+        (lambda f: edit(f / "SCIENCE.md", "What", "Whatever"), "SCIENCE.md: is not what science/ says"),
+        (lambda f: (f / "SCIENCE.md").unlink(), "SCIENCE.md: is not what science/ says"),
+        (lambda f: (f / "figures" / "toy-cost.png").unlink(), "figures/toy-cost.png: is missing"),
+        (lambda f: (f / "science" / "old.json").write_text("{}"), "science/old.json: belongs to no board suite"),
+    ],
+)
+def test_science_that_is_not_of_these_records_is_found_and_named(board, spoil, said):
+    pytest.importorskip("matplotlib")
+    spoil(board)
+    (problem,) = problems(board)
+    assert said in problem
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def test_a_folder_without_records_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from multiplicity_bench.leaderboard.cells import settle_all
 from multiplicity_bench.leaderboard.check import check, verify
 from multiplicity_bench.leaderboard.record import read_all
 from multiplicity_bench.leaderboard.riemannian import PAGE, fill
+from multiplicity_bench.leaderboard.science import compute, to_text
 from multiplicity_bench.leaderboard.suite import board_suites
+from multiplicity_bench.metrics.selection import YES
 
 FOLDER = Path(__file__).resolve().parents[2] / "leaderboard"
 SUITES = {suite.name: suite for suite in board_suites(FOLDER / "suites")}
@@ -80,6 +83,43 @@ def test_committed_predictions_give_the_committed_scores_of_every_row(name, reco
         record = next(r for r in of(suite, records) if r["row"] == row.label)
         path = FOLDER / "records" / f"{record['name']}.json"
         assert verify(path, FOLDER / "predictions" / name) == [], row.label
+
+
+@pytest.mark.parametrize(
+    "name", ["breastmnist", *(pytest.param(n, marks=pytest.mark.slow) for n in SUITES if n != "breastmnist")]
+)
+def test_committed_science_follows_from_the_committed_predictions(name, records):
+    """Numbers to one part in ten thousand, for sums are added up in another order on another processor."""
+    table = next(t for t in settle_all(SUITES.values(), records) if t.suite.name == name)
+    found = json.loads(to_text(compute(table, FOLDER)))
+    same(found, json.loads((FOLDER / "science" / f"{name}.json").read_text(encoding="utf-8")), name)
+
+
+def same(found, committed, where: str) -> None:
+    if isinstance(committed, dict):
+        assert found.keys() == committed.keys(), where
+        for key in committed:
+            same(found[key], committed[key], f"{where}.{key}")
+    elif isinstance(committed, list):
+        assert len(found) == len(committed), where
+        for i, pair in enumerate(zip(found, committed)):
+            same(*pair, f"{where}[{i}]")
+    elif isinstance(committed, float):
+        assert found == pytest.approx(committed, rel=1e-4, abs=1e-6), where
+    else:
+        assert found == committed, where
+
+
+def test_controls_are_at_their_null_values_in_the_science_and_gain_nothing(records):
+    for name in SUITES:
+        science = json.loads((FOLDER / "science" / f"{name}.json").read_text(encoding="utf-8"))
+        for criterion, rows in science["selection"].items():
+            row = rows["identical"]
+            assert (row["gain"], row["gain_low"], row["gain_high"]) == (0, 0, 0), criterion
+            for control in ("logit_noise", "temperature"):
+                assert rows[control].get("verdict") != YES, criterion
+        for rows in science["uncertainty"].values():
+            assert rows["identical"]["members"] == rows["identical"]["patients"] == 0
 
 
 def test_the_marginal_likelihoods_prior_is_shown_to_leave_the_set_on_real_images(records):

@@ -1,0 +1,91 @@
+"""The files of a board's science: science/<suite>.json, SCIENCE.md and figures/, written by `leaderboard build`.
+
+The page is checked to the byte against the JSON, and the JSON by a digest of the records, predictions and declarations
+that it was computed from. Figures are pictures of the same JSON; their bytes depend on the version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .cells import Table
+from .science import compute, inputs, to_text
+from .science_page import Science, render_science
+
+FILES, PAGE, FIGURES = "science", "SCIENCE.md", "figures"
+
+
+def build_science(
+    folder: Path, tables: Iterable[Table], write: Callable[[Path, str], None], say: Callable[[str], None]
+) -> None:
+    """Compute the science of every table that commits predictions, and write its files, its page and its figures."""
+    found = []
+    (folder / FILES).mkdir(exist_ok=True)
+    for table in _told(tables):
+        name = table.suite.name
+        text = to_text(compute(table, folder, lambda part, name=name: say(f"{name}: {part}")))
+        write(folder / FILES / f"{name}.json", text)
+        found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
+    write(folder / PAGE, render_science(found))
+    if importlib.util.find_spec("matplotlib") is None:
+        say(f"{folder / FIGURES}: left as they are, for matplotlib is not installed")
+        return
+    from .figures import draw
+
+    drawn = [path for suite, science in found for path in draw(suite, science, folder / FIGURES)]
+    for path in set((folder / FIGURES).iterdir()) - set(drawn):
+        path.unlink()
+
+
+def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
+    """Yield what is wrong with the committed science, one line each, naming the file and what to do."""
+    found, broken, names = [], False, set()
+    for table in _told(tables):
+        path = folder / FILES / f"{table.suite.name}.json"
+        names.add(path.name)
+        try:
+            science = _read(path)
+        except UserError as error:
+            broken = True
+            yield str(error)
+            continue
+        if science.get("inputs") != inputs(table):
+            broken = True
+            yield f"{path}: was computed from other records, predictions or criteria: run `leaderboard build`"
+        found.append((table.suite, science))
+    if (folder / FILES).is_dir():
+        for path in sorted((folder / FILES).iterdir()):
+            if path.name not in names:
+                yield f"{path}: belongs to no board suite that commits predictions: remove it"
+    if broken or not names:
+        return
+    text = render_science(found)
+    page = folder / PAGE
+    if not page.is_file() or page.read_text(encoding="utf-8") != text:
+        yield f"{page}: is not what {FILES}/ says: run `leaderboard build`"
+    for name in re.findall(rf"\]\({FIGURES}/([^)]+)\)", text):
+        if not (folder / FIGURES / name).is_file():
+            yield f"{folder / FIGURES / name}: is missing: run `leaderboard build` with matplotlib installed"
+
+
+def _told(tables: Iterable[Table]) -> list[Table]:
+    """Return the tables whose science can be told: predictions committed, and something scored."""
+    return [t for t in tables if t.suite.board and t.suite.predictions and t.scored]
+
+
+def _read(path: Path) -> Science:
+    try:
+        science: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: is missing: run `leaderboard build`") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}): run `leaderboard build`") from error
+    if not isinstance(science, dict):
+        raise UserError(f"{path}: is no JSON object: run `leaderboard build`")
+    return science
