@@ -11,7 +11,7 @@ unexport UV_SYSTEM_PYTHON UV_WORKING_DIR UV_WORKING_DIRECTORY
 # Two test processes share the cores of a small machine: threads of their own would only get into each other's way.
 test test-all golden: export OMP_NUM_THREADS := 1
 
-.PHONY: benchmark test test-all lint types speed riemannian golden clean
+.PHONY: benchmark test test-all lint types speed riemannian exact golden clean
 
 benchmark: $(STAMP)
 	$(BIN)/run-benchmark
@@ -39,6 +39,9 @@ speed: $(STAMP)
 
 riemannian: $(STAMP)
 	$(BIN)/python -m multiplicity_bench.leaderboard.riemannian
+
+exact: $(STAMP)
+	$(BIN)/python -m multiplicity_bench.benchmark.exact
 
 golden: $(STAMP)
 	$(BIN)/python tests/golden/toy_run.py tests/golden/toy_run.json

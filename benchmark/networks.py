@@ -100,13 +100,23 @@ def _norm(kind: str, channels: int, groups: int = 4) -> nn.Module:
 @register_network("logistic")
 @dataclass
 class Logistic:
-    """Multinomial logistic regression on the pixels: a convex loss, for checks against exact sets."""
+    """Multinomial logistic regression on the pixels: a convex loss, for checks against exact sets.
 
+    pool: side of the squares of pixels whose means are the features; 1 is the pixels themselves.
+    """
+
+    pool: int = 1
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        _at_least(self.pool, "pool", 1)
+
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
-        """Return flatten and one linear layer."""
-        return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, outputs))
+        """Return means over squares where asked for, flatten, and one linear layer."""
+        if size % self.pool:
+            raise UserError(f"network.pool={self.pool} does not divide images of {size} pixels: use a divisor")
+        means = [nn.AvgPool2d(self.pool)] if self.pool > 1 else []
+        return nn.Sequential(*means, nn.Flatten(), nn.Linear(channels * (size // self.pool) ** 2, outputs))
 
 
 @register_network("mlp")

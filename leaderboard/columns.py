@@ -2,9 +2,10 @@
 
 A value is the mean over base seeds with the 95% t interval of the per-seed values (B - 1 degrees of freedom), kept
 within the bounds of its unit; with a single seed it is that record's own value and interval, which sees test cases
-only. A rank is 1 + the number of rows that are significantly better: paired t test over the base seeds two rows share,
-95%, Holm over all pairs of the column. Controls are neither ranked nor competitors. A row that accepted fewer than k
-members on any base seed is ranked in no column but acceptance, which is where it loses.
+only. An acceptance of 0 or 1 on every base seed, of which t would be certain, has Wilson's interval over all draws. A
+rank is 1 + the number of rows that are significantly better: paired t test over the base seeds two rows share, 95%,
+Holm over all pairs of the column. Controls are neither ranked nor competitors. A row that accepted fewer than k members
+on any base seed is ranked in no column but acceptance, which is where it loses.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
 from scipy.special import stdtr
 
-from ..metrics.intervals import holm, t_interval
+from ..metrics.intervals import holm, t_interval, wilson
 from .cells import Record, Table, machine_of
 from .suite import Row, Suite
 from .text import on_seeds
@@ -218,7 +219,12 @@ def summarise(table: Table, row: Row, column: Column) -> Summary:
         ((seed, value),) = values.items()
         score = table.ok(row)[seed]["scores"].get(column.key, {})
         return Summary(value, score.get("low"), score.get("high"), score.get("interval", ""), values, reasons)
-    return over_seeds(values, column.unit, reasons)
+    summary = over_seeds(values, column.unit, reasons)
+    if score_name(column.key).startswith(ACCEPTANCE) and summary.value in (0.0, 1.0):
+        drawn = sum(r["set"]["drawn"] for r in table.ok(row).values())
+        ends = wilson(round(summary.value * drawn), drawn)
+        return replace(summary, low=ends.low, high=ends.high, interval=f"Wilson over {drawn} draws")
+    return summary
 
 
 def over_seeds(values: Mapping[int, float], unit: str, reasons: Mapping[int, str] | None = None) -> Summary:

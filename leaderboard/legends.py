@@ -31,7 +31,8 @@ MEMBERSHIP = """
 Share of the drawn members whose loss on val is at most *eps* above the base's. *accepted of drawn*: base seed by base
 seed, at {epsilon:g}. *certified*, *possible*: accepted even at the upper, or only at the lower end of the one-sided
 95% interval of the paired loss difference. *eps in s.e.*: {epsilon:g} in standard errors of that difference, lowest to
-highest over base seeds; below 2 (marked !) val is too small to tell members from non-members.
+highest over base seeds; below 2 (marked !) val is too small to tell members from non-members. A share of 0 or 1 on
+every base seed has Wilson's interval over all draws together.
 """
 
 REFERENCE = """

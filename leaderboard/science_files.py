@@ -15,10 +15,12 @@ from typing import Any
 
 from ..errors import UserError
 from .cells import Table
+from .exact_page import tables as tables_of_exact
 from .science import compute, inputs, to_text
 from .science_page import Science, render_science
 
-FILES, PAGE, FIGURES = "science", "SCIENCE.md", "figures"
+FILES, PAGE, FIGURES, EXACT = "science", "SCIENCE.md", "figures", "exact.json"
+"""Of exact.json, too, the page shows the tables; `make exact` computes it, for it needs images and networks."""
 
 
 def build_science(
@@ -32,7 +34,7 @@ def build_science(
         text = to_text(compute(table, folder, lambda part, name=name: say(f"{name}: {part}")))
         write(folder / FILES / f"{name}.json", text)
         found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
-    write(folder / PAGE, render_science(found))
+    write(folder / PAGE, render_science(found, _exact(folder)))
     if importlib.util.find_spec("matplotlib") is None:
         say(f"{folder / FIGURES}: left as they are, for matplotlib is not installed")
         return
@@ -46,7 +48,8 @@ def build_science(
 def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
     """Yield what is wrong with the committed science, one line each, naming the file and what to do."""
     found, broken, names = [], False, set()
-    for table in _told(tables):
+    tables = _told(tables)
+    for table in tables:
         path = folder / FILES / f"{table.suite.name}.json"
         names.add(path.name)
         try:
@@ -63,9 +66,14 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
         for path in sorted((folder / FILES).iterdir()):
             if path.name not in names:
                 yield f"{path}: belongs to no board suite that commits predictions: remove it"
+    if (folder / EXACT).is_file():
+        exact = _read(folder / EXACT)
+        suite = next((t for t in tables if t.suite.name == exact["suite"]["name"]), None)
+        if suite is None or exact.get("inputs") != inputs(suite):
+            yield f"{folder / EXACT}: was computed from other records, predictions or criteria: run `make exact`"
     if broken or not names:
         return
-    text = render_science(found)
+    text = render_science(found, _exact(folder))
     page = folder / PAGE
     if not page.is_file() or page.read_text(encoding="utf-8") != text:
         yield f"{page}: is not what {FILES}/ says: run `leaderboard build`"
@@ -77,6 +85,10 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
 def _told(tables: Iterable[Table]) -> list[Table]:
     """Return the tables whose science can be told: predictions committed, and something scored."""
     return [t for t in tables if t.suite.board and t.suite.predictions and t.scored]
+
+
+def _exact(folder: Path) -> str:
+    return tables_of_exact(_read(folder / EXACT)) if (folder / EXACT).is_file() else ""
 
 
 def _read(path: Path) -> Science:

@@ -42,6 +42,19 @@ def test_intervals_stay_within_the_bounds_of_their_unit():
     assert over_seeds({0: -0.9, 1: 0.2}, "difference").low == -1.0
 
 
+def test_an_acceptance_of_all_or_none_has_wilsons_interval_over_all_draws(suite, make_records):
+    """Of 100 draws, all in: the lower end is n / (n + z^2); the t interval of five equal values would be a point."""
+    table = settle(suite, make_records(suite))
+    everyone = summarise(table, suite.row("identical"), ACCEPTED)
+    assert (everyone.value, everyone.high) == (1.0, 1.0)
+    assert everyone.low == pytest.approx(100 / (100 + stats.norm.ppf(0.975) ** 2))
+    assert everyone.interval == "Wilson over 100 draws"
+    nobody = summarise(table, suite.row("laplace[prior_precision=marglik]"), ACCEPTED)
+    assert (nobody.value, nobody.low) == (0.0, 0.0) and nobody.high == pytest.approx(1 - everyone.low)
+    some = summarise(table, suite.row("retrain"), ACCEPTED)
+    assert some.interval == "t over base seeds"
+
+
 def test_equal_values_have_exactly_themselves_as_mean():
     assert over_seeds(dict.fromkeys(range(7), 0.1), "rate").value == 0.1
 

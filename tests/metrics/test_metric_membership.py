@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +37,15 @@ def test_losses_of_base_and_members(val, loss):
     truth = [losses(softmax(z), val.labels)[loss] for z in val.logits]
     np.testing.assert_allclose(found.members, truth, atol=1e-9)
     np.testing.assert_allclose(found.difference, found.members - found.base, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_whoever_is_in_at_one_tolerance_is_in_at_every_larger_one(val, loss):
+    who = membership(val, Settings(loss=loss, draws=200))
+    for decide in (who.accepted, who.certified, who.possible):
+        inside = [decide(epsilon) for epsilon in np.linspace(-0.1, 1.0, 23)]
+        assert all((larger >= smaller).all() for smaller, larger in pairwise(inside))
+        assert inside[0].sum() < inside[-1].sum(), "nothing is decided over these tolerances"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
