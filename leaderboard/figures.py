@@ -49,8 +49,8 @@ def _style(suite: Suite, row: Row) -> dict[str, Any]:
         return {"color": "black", "linestyle": DASHES[same.index(row.label) % 4], "marker": "*"}
     others = [r.label for r in suite.rows if r.generator != "retrain" and not r.control]
     i = others.index(row.label)
-    colours = matplotlib.colormaps["tab10" if len(others) <= 10 else "tab20"].colors
-    return {"color": colours[i % len(colours)], "linestyle": DASHES[i % 4], "marker": "osD^vPX<>"[i % 9]}
+    name, size = ("tab10", 10) if len(others) <= 10 else ("tab20", 20)
+    return {"color": matplotlib.colormaps[name](i % size), "linestyle": DASHES[i % 4], "marker": "osD^vPX<>"[i % 9]}
 
 
 def _grid(panels: int, width: float = 4.2, height: float = 3.2):

@@ -106,12 +106,15 @@ def inputs(table: Table) -> str:
 def compute(table: Table, folder: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Return the science of a suite as plain JSON values, floats to six digits, null where undefined.
 
-    progress: told the name of each part before it is computed.
+    progress: told of each part before it is computed.
     """
     suite = table.suite
     apart = {REFERENCE, *(row.label for row in suite.rows if row.control)}
     about = {"suite": suite.name, "inputs": inputs(table), "k": suite.k, "margin": suite.margin}
-    return plain_values(about | parts(evidence(table, folder), suite.k, suite.epsilon, suite.margin, apart, progress))
+    told = parts(
+        evidence(table, folder), suite.k, suite.epsilon, suite.margin, apart, lambda t: progress(f"{suite.name}: {t}")
+    )
+    return plain_values(about | told)
 
 
 def parts(

@@ -31,7 +31,7 @@ def build_science(
     (folder / FILES).mkdir(exist_ok=True)
     for table in _told(tables):
         name = table.suite.name
-        text = to_text(compute(table, folder, lambda part, name=name: say(f"{name}: {part}")))
+        text = to_text(compute(table, folder, say))
         write(folder / FILES / f"{name}.json", text)
         found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
     write(folder / PAGE, render_science(found, _exact(folder)))
