@@ -21,6 +21,7 @@ from multiplicity_bench.benchmark.train import Training
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.generators.api import Part
 from multiplicity_bench.generators.laplace import Laplace
+from multiplicity_bench.leaderboard import exact_page
 from multiplicity_bench.leaderboard.predictions import arrays_predictions, predictions_arrays
 from multiplicity_bench.leaderboard.suite import load_suite
 from multiplicity_bench.metrics.api import Predictions, Settings, Undefined
@@ -136,7 +137,7 @@ def few(monkeypatch):
 
 GAUSSIAN = {"members": 9, "rows": [{"structure": "full", "quantity": "conflict", "exact": 0.1, "measured": 0.11}]}
 GAUSSIAN["rows"][0]["se"] = 0.01
-SAMPLER = {"accepted": 5, "drawn": 6, "reasons": []} | dict.fromkeys(exact.RECALLS, 0.5)
+SAMPLER = {"accepted": 5, "drawn": 6, "reasons": []} | dict.fromkeys(exact_page.RECALLS, 0.5)
 TRUTH = {"base_loss": 0.3, "points": 9, "inside": 4, "pieces": 1, "ambiguity": 0.2, "discrepancy": 0.1, "width": 0.25}
 TRUTH |= {"ambiguity_every_second": 0.15, "width_every_second": 0.2}
 PLANE = {"network": {"name": "smallcnn"}, "dataset": {}, "side": 3}
@@ -307,7 +308,7 @@ def test_the_variance_of_a_score_is_that_of_the_dense_covariance():
 
 
 def test_means_over_base_seeds_carry_their_interval():
-    assert exact._mean([0.2, 0.3, 0.4]) == "0.300 [0.052,0.548]"
-    assert exact._mean([0.25]) == "0.250"
-    assert exact._mean([0.25], of=3) == "0.250 (1)"
-    assert exact._mean([]) == "–"
+    assert exact_page._mean([0.2, 0.3, 0.4]) == "0.300 [0.052,0.548]"
+    assert exact_page._mean([0.25]) == "0.250"
+    assert exact_page._mean([0.25], of=3) == "0.250 (1)"
+    assert exact_page._mean([]) == "–"
