@@ -55,7 +55,7 @@ from ..leaderboard.cli import FOLDER, Parser, execute
 from ..leaderboard.exact_page import tables
 from ..leaderboard.predictions import load_predictions
 from ..leaderboard.record import read_all
-from ..leaderboard.science import inputs
+from ..leaderboard.science import inputs, plain_values
 from ..leaderboard.science_files import EXACT
 from ..leaderboard.suite import Suite, load_suite
 from ..metrics.api import Predictions, Settings, Undefined
@@ -481,7 +481,7 @@ def _closed_forms(
 def compute(suite: Suite, records: Path, predictions: Path, artifacts: Path, data_root: str | None) -> dict[str, Any]:
     """Return the content of the JSON file that the module describes."""
     table = settle(suite, read_all(records))
-    return plain_numbers(
+    return plain_values(
         {
             "suite": {"name": suite.name, "epsilon": suite.epsilon, "k": suite.k},
             "inputs": inputs(table),
@@ -490,17 +490,6 @@ def compute(suite: Suite, records: Path, predictions: Path, artifacts: Path, dat
             "linear_gaussian": linear_gaussian_track(),
         }
     )
-
-
-def plain_numbers(value: Any) -> Any:
-    """Return JSON's own types with numbers of six significant digits."""
-    if isinstance(value, Mapping):
-        return {str(k): plain_numbers(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_numbers(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.6g}")
-    return int(value) if isinstance(value, np.integer) else value
 
 
 def main(argv: list[str] | None = None) -> int:

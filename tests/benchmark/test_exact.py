@@ -242,7 +242,7 @@ def test_the_gridded_region_is_what_plain_torch_finds(plane):
 
 def test_the_truth_over_a_plane_and_what_samplers_see_of_it(plane):
     plane, val, test = plane
-    found = exact.plain_numbers(exact.plane_truth(plane.problem, val, test, SETTINGS, 0, side=15))
+    found = exact.plain_values(exact.plane_truth(plane.problem, val, test, SETTINGS, 0, side=15))
     truth, samplers = found["truth"], found["samplers"]
     assert 0 < truth["discrepancy"] <= truth["ambiguity"] <= 1
     assert truth["width_every_second"] <= truth["width"] and truth["points"] == 225
