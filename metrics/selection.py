@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from ..errors import UserError
 from .api import METRICS, Metric, PerMember, Undefined
@@ -96,12 +96,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A value, its standard deviation and its lower and upper one-sided 97.5 % ends; NaN where draws give none."""
+    """A value, its standard deviation, its lower and upper one-sided 97.5 % ends, and the degrees of freedom of the sd;
+    NaN where draws give none."""
 
     value: float
     sd: float
     low: float
     high: float
+    df: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,11 @@ def verdict(selections: Sequence[Selection], margin: float = 0.01) -> Verdict:
     """Return the evidence on "better at no cost" of one criterion's selections, one per base seed, not yet settled.
 
     Gain and loss difference are means over the B base seeds. All share the test patients, so their draws are averaged
-    draw by draw: `sd^2 = var(draws of the mean) + s^2/B`, s the standard deviation between base seeds (ddof 1); ends by
-    t with B - 1 degrees of freedom. One base seed: normal ends from the draws alone, "test cases only".
+    draw by draw: `sd^2 = var(draws of the mean) + s^2/B`, s the standard deviation between base seeds (ddof 1). Ends by
+    t with `(B - 1) (sd^2 B / s^2)^2` degrees of freedom (Welch-Satterthwaite, the many draws counting as exact): B - 1
+    where base seeds differ most, more where the patients, who are many, decide. s holds some noise of the cases, too,
+    which is thereby counted twice: the ends err on the wide side. One base seed: normal ends from the draws alone,
+    "test cases only". Source: Satterthwaite (Biometrics Bulletin 1946).
 
     Yes needs both gain > 0 and loss <= margin: p is the larger of the two one-sided ones (intersection-union, Berger
     1982). No needs gain <= 0 or loss > margin: p is twice the smaller of the two. Power: `resolvable = (t_.975 + z_.8)
@@ -226,11 +231,11 @@ def verdict(selections: Sequence[Selection], margin: float = 0.01) -> Verdict:
     if gain.sd == 0 < loss.sd:
         reason = "no counted test case tells the chosen member from the base"
         gain = Bounds(gain.value, math.nan, math.nan, math.nan)
-    better, worse = _p_above(gain, 0.0, seeds)
-    dearer, cheap = _p_above(loss, margin, seeds)
+    better, worse = _p_above(gain, 0.0)
+    dearer, cheap = _p_above(loss, margin)
     p_yes, p_no = float(np.maximum(better, cheap)), float(np.minimum(1.0, 2.0 * np.fmin(worse, dearer)))
     interval = "t over base seeds and test cases" if seeds > 1 else "test cases only"
-    resolvable = (_quantile(LEVEL, seeds) + float(ndtri(POWER))) * gain.sd
+    resolvable = (_quantile(LEVEL, gain.df) + float(ndtri(POWER))) * gain.sd
     return Verdict(gain, loss, seeds, interval, resolvable, p_yes, p_no, reason)
 
 
@@ -255,24 +260,26 @@ def _bounds(estimates: list[Estimate]) -> Bounds:
     defined = mean.draws[np.isfinite(mean.draws)]
     if len(defined) < max(2, 0.95 * len(mean.draws)):
         return Bounds(mean.value, math.nan, math.nan, math.nan)
-    between = np.var([e.value - mean.value for e in estimates], ddof=1) / seeds if seeds > 1 else 0.0
-    sd = math.sqrt(np.var(defined, ddof=1) + between)
-    reach = _quantile(LEVEL, seeds) * sd
-    return Bounds(mean.value, sd, mean.value - reach, mean.value + reach)
+    between = float(np.var([e.value - mean.value for e in estimates], ddof=1) / seeds) if seeds > 1 else 0.0
+    variance = float(np.var(defined, ddof=1)) + between
+    df = (seeds - 1) * (variance / between) ** 2 if between > 0 else math.inf
+    sd = math.sqrt(variance)
+    reach = _quantile(LEVEL, df) * sd
+    return Bounds(mean.value, sd, mean.value - reach, mean.value + reach, df)
 
 
-def _p_above(bounds: Bounds, threshold: float, seeds: int) -> tuple[float, float]:
+def _p_above(bounds: Bounds, threshold: float) -> tuple[float, float]:
     """Return the one-sided p-values of "above the threshold" and of "not above it"; NaN without an sd."""
     excess = bounds.value - threshold
     if bounds.sd == 0:
         return (0.0, 1.0) if excess > 0 else (1.0, 0.0)
     z = excess / bounds.sd
-    below, above = (float(ndtr(x) if seeds == 1 else stdtr(seeds - 1, x)) for x in (-z, z))
+    below, above = (float(stdtr(bounds.df, x)) for x in (-z, z))
     return below, above
 
 
-def _quantile(level: float, seeds: int) -> float:
-    return float(ndtri(level) if seeds == 1 else stdtrit(seeds - 1, level))
+def _quantile(level: float, df: float) -> float:
+    return float(stdtrit(df, level))
 
 
 @dataclass(frozen=True)
