@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,14 @@ import numpy as np
 
 from ..metrics.intervals import t_interval
 from .text import NONE, end, markdown, number, paragraph
+
+
+RECALL = """\
+*range covered*: width of the range of the accepted members' scores over that of the exact one, mean over cases.
+*ambiguous found*: share of the exactly ambiguous cases that some accepted member decides otherwise than the base.
+*@{k}*: expected for {k} of them. *outside*: accepted members with a score outside the exact range, which a rounding
+error aside cannot be: the check that both ways agree.
+"""
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -34,7 +43,7 @@ def _logistic_table(result: Mapping[str, Any]) -> str:
         lines.append(
             [f"`{row['row']}`", *_recall_cells(cells), str(sum(c["outside"] for c in cells)) if cells else NONE]
         )
-    return text + "\n" + markdown(lines)
+    return text + "\n" + markdown(lines) + "\n" + paragraph(RECALL.format(k=k))
 
 
 def _plane_table(result: Mapping[str, Any]) -> str:
@@ -78,15 +87,15 @@ def _recall_cells(cells: list[Mapping[str, Any]]) -> list[str]:
     if not cells:
         return [NONE] * (1 + len(RECALLS))
     accepted = f"{sum(c['accepted'] for c in cells)} of {sum(c['drawn'] for c in cells)}"
-    return [accepted, *(_mean([c[name] for c in cells if c[name] is not None], len(cells)) for name in RECALLS)]
+    return [accepted, *(_mean([c[name] for c in cells if c[name] is not None], len(cells), 1.0) for name in RECALLS)]
 
 
-def _mean(values: list[float], of: int | None = None) -> str:
-    """Return `mean [low,high]`, the 95 % t interval over base seeds; (n) where only n of them have a value."""
+def _mean(values: list[float], of: int | None = None, most: float = math.inf) -> str:
+    """Return `mean [low,high]`, the 95 % t interval over base seeds within 0 and `most`; (n): only n have a value."""
     if not values:
         return NONE
     text = number(float(np.mean(values)), "share")
     if len(values) > 1:
         interval = t_interval(values)
-        text += f" [{end(max(interval.low, 0.0), 'share')},{end(interval.high, 'share')}]"
+        text += f" [{end(max(interval.low, 0.0), 'share')},{end(min(interval.high, most), 'share')}]"
     return text + (f" ({len(values)})" if of is not None and len(values) < of else "")
