@@ -11,7 +11,6 @@ import numpy as np
 from ..metrics.intervals import t_interval
 from .text import NONE, end, markdown, number, paragraph
 
-
 RECALL = """\
 *range covered*: width of the range of the accepted members' scores over that of the exact one, mean over cases.
 *ambiguous found*: share of the exactly ambiguous cases that some accepted member decides otherwise than the base.
