@@ -175,7 +175,7 @@ def test_marglik_maximises_the_dense_evidence(name, problems, dense_ggn):
     found = fit_posterior(problem, "full", "all").marglik
     # Float32 Jacobians move the place of a flat maximum (by up to 6e-4, by processor) and hardly its height.
     assert found == pytest.approx(best, rel=2e-3)
-    assert evidence(math.log10(found)) == pytest.approx(evidence(math.log10(best)), abs=1e-5)
+    assert evidence(math.log10(found)) == pytest.approx(evidence(math.log10(best)), abs=1e-4)
     drawn = Laplace(structure="full", prior_precision="marglik").generate(problem, 0)
     assert drawn.diagnostics["prior_precision"] == drawn.scale == found
     assert drawn.diagnostics["curvature_mean"] == pytest.approx(float(ggn.diagonal().mean()), rel=1e-5)
