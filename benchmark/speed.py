@@ -55,7 +55,9 @@ def main(names: list[str]) -> None:
             results[name] = [measure(device) for device in devices] if measure in MEASURES else [measure()]
             for row in results[name]:
                 print(f"{name:<28} {row['device']:<5} {row['ratio']:.2f} x", file=sys.stderr)
-    values = dict([figure() for figure in figures if figure.__name__ in chosen])
+    here = device_name(devices[0])
+    measured = dict(f() for f in figures if f.__name__ in chosen)
+    values = {what: value if value == "not measured" else f"{value} ({here})" for what, value in measured.items()}
     for what, value in values.items():
         print(f"{what}: {value}", file=sys.stderr)
     kept: list[dict[str, Any]] = []
@@ -66,7 +68,7 @@ def main(names: list[str]) -> None:
     rows = [row for row in (*kept, *(row for found in results.values() for row in found)) if row["name"] in order]
     rows.sort(key=lambda row: (row["device"], order.index(row["name"])))
     (HERE / "speed.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (HERE / "SPEED.md").write_text(render(rows, values, devices), encoding="utf-8")
+    (HERE / "SPEED.md").write_text(render(rows, values), encoding="utf-8")
     print(f"{HERE / 'SPEED.md'}")
 
 
@@ -242,16 +244,15 @@ def _figures(text: str) -> dict[str, str]:
     return {what: value for what, _, value in cells}
 
 
-def render(rows: list[dict[str, Any]], figures: dict[str, str], devices: list[torch.device]) -> str:
+def render(rows: list[dict[str, Any]], figures: dict[str, str]) -> str:
     """Return SPEED.md."""
     lines = ["# What things cost", "", *(__doc__ or "").strip().splitlines()[2:], ""]
-    lines += [f"CPU: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}."]
-    gpu = [device_name(d) for d in devices if d.type == "cuda"]
-    lines += [f"GPU: {gpu[0] if gpu else 'not measured'}.", ""]
+    lines += ["Rows may come from different machines: compare ratios, and seconds only on the same device."]
+    lines += ["" if any(row["device"] == "cuda" for row in rows) else "GPU: not measured.\n"]
     lines += ["| what | device | ratio | ours, s | baseline, s | spread |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
-        lines.append(f"| {row['name']} | {row['device']} | {cells} |")
+        lines.append(f"| {row['name']} | {row['device']}: {row['device_name']} | {cells} |")
     texts = {row["name"]: f" Measured: {row['text']}." for row in rows if row.get("text")}
     lines += [""]
     lines += [

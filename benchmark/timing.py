@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .provenance import LIBRARIES, library_version
+from .provenance import LIBRARIES, device_name, library_version
 from .store import synchronise
 
 CPU = torch.device("cpu")
@@ -30,6 +30,7 @@ def as_row(name: str, ours: list[float], baseline: list[float], device: torch.de
     return {
         "name": name,
         "device": device.type,
+        "device_name": device_name(device),
         "ratio": b / a,
         "ours_s": a,
         "baseline_s": b,
