@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.fidelity import CHANCE
+from ..metrics.selection import NO, OPEN, YES
 from .columns import Summary, over_seeds, rank
 from .render import REFERENCE, cell
 from .suite import Suite
@@ -24,11 +25,7 @@ generates it again from `science/` and compares. Definitions, with their sources
 ABREAST = 4
 """Criteria that stand side by side in one table."""
 
-VERDICT_MARKS = {
-    "better at no cost: yes": "**yes**",
-    "better at no cost: no": "no",
-    "not resolved with this many patients": "?",
-}
+VERDICT_MARKS = {YES: "**yes**", NO: "no", OPEN: "?"}
 
 SELECTION = """\
 Of each set, the member that is best by a criterion on *val* is chosen once; the cells say how much better than the base
