@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,26 @@ import numpy as np
 from .errors import UserError
 
 
+_ADDED_LATER = {"identity": "if changed"}
+
+
+def added_later(default: Any) -> Any:
+    """Return a dataclass field for a setting that a component got after results were committed.
+
+    At its default, which must mean what the component did before, it is no part of an identity: nothing that was
+    computed without it gets another key.
+    """
+    return field(default=default, metadata=_ADDED_LATER)
+
+
 def plain(value: Any) -> Any:
     """Return `value` as JSON's own types; dataclasses become dicts, 1.0 becomes 1 (so that 1 and 1.0 do not differ).
 
-    Raises TypeError for what has no canonical form, UserError for NaN and infinities, which JSON cannot say.
+    Fields made by `added_later` are left out at their default. Raises TypeError for what has no canonical form,
+    UserError for NaN and infinities, which JSON cannot say.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if not _as_before(f, value)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -40,6 +53,11 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     raise TypeError(f"no canonical form for {type(value).__name__}")
+
+
+def _as_before(f: Any, value: Any) -> bool:
+    """Whether a field was added later and is at its default; a subclass made for Hydra keeps its metadata."""
+    return f.metadata.get("identity") == "if changed" and f.default is not MISSING and getattr(value, f.name) == f.default
 
 
 def canonical_json(value: Any) -> str:

@@ -76,8 +76,8 @@ class Spec:
     @property
     def row(self) -> str:
         """Return the name of the run's row: the generator and its non-default fields."""
-        defaults = plain(type(self.generator)())
-        return row_label(self.names["generator"], {k: v for k, v in plain(self.generator).items() if v != defaults[k]})
+        defaults, settings = plain(type(self.generator)()), plain(self.generator)
+        return row_label(self.names["generator"], {k: v for k, v in settings.items() if v != defaults.get(k)})
 
     @property
     def settings(self) -> Settings:

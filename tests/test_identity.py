@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from multiplicity_bench.errors import UserError
-from multiplicity_bench.identity import array_digest, canonical_json, derive_seed, digest, plain, row_label
+from multiplicity_bench.identity import (
+    added_later,
+    array_digest,
+    canonical_json,
+    derive_seed,
+    digest,
+    plain,
+    row_label,
+)
 
 
 @dataclass
@@ -67,6 +75,17 @@ def test_numbers_that_json_cannot_say_are_refused(value):
 def test_what_has_no_canonical_form_is_refused(value):
     with pytest.raises(TypeError, match="no canonical form for"):
         plain(value)
+
+
+@dataclass
+class Grown:
+    rate: float = 1.0
+    objective: str = added_later("erm")
+
+
+def test_a_setting_that_was_added_later_is_part_of_an_identity_only_where_it_is_changed():
+    assert digest(Grown()) == digest({"rate": 1})
+    assert plain(Grown(objective="group_dro")) == {"rate": 1, "objective": "group_dro"}
 
 
 def test_an_array_digest_is_that_of_a_header_and_the_bytes():
