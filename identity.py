@@ -16,7 +16,6 @@ import numpy as np
 
 from .errors import UserError
 
-
 _ADDED_LATER = {"identity": "if changed"}
 
 
@@ -57,7 +56,9 @@ def plain(value: Any) -> Any:
 
 def _as_before(f: Any, value: Any) -> bool:
     """Whether a field was added later and is at its default; a subclass made for Hydra keeps its metadata."""
-    return f.metadata.get("identity") == "if changed" and f.default is not MISSING and getattr(value, f.name) == f.default
+    return (
+        f.metadata.get("identity") == "if changed" and f.default is not MISSING and getattr(value, f.name) == f.default
+    )
 
 
 def canonical_json(value: Any) -> str:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..identity import array_digest, derive_seed, digest
 from ..registries import DATASETS as DATASETS
 from ..registries import register_dataset as register_dataset
+from .films import Films
 from .hashing import hash_images, scattered
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
@@ -28,13 +29,13 @@ AGE_BINS = [*(f"{low}-{low + 9}" for low in range(0, 90, 10)), "90+"]
 class Split:
     """One part of a dataset.
 
-    images: uint8 [sample, channel, height, width]; labels: int64 [sample], or [sample, label] with -1 = missing for
+    images: uint8 [sample, channel, height, width], or the `Films` that `prepare` decodes; labels: int64 [sample], or [sample, label] with -1 = missing for
     multi-label tasks; ids: int64 [sample], the row in the source's own split; patient: int64 codes [sample] or None
     where the source knows no patients; attributes: name -> int64 codes [sample], -1 = unknown; latents: name ->
     [sample] truths of a synthetic set, never shown to a generator.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Films
     labels: np.ndarray
     ids: np.ndarray
     patient: np.ndarray | None = None
@@ -47,7 +48,7 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """Return the samples `rows` (int indices), in that order."""
         return Split(
-            self.images[rows],
+            self.images[rows] if isinstance(self.images, np.ndarray) else self.images.take(rows),
             self.labels[rows],
             self.ids[rows],
             None if self.patient is None else self.patient[rows],
@@ -236,8 +237,8 @@ def _check_patients(data: Data, where: str) -> None:
             )
 
 
-def carve(train: Split, task: str, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Split `train` into (train, tune) by a fixed seed, both in the order of the rows.
+def carve(train: Split, task: str, fraction: float, seed: int, purpose: str = "tune") -> tuple[Split, Split]:
+    """Split `train` into (train, `purpose`) by a fixed seed, both in the order of the rows.
 
     The unit is the patient where known, else the image. Units are drawn class by class (a patient counts for the rarest
     class among its images): about `fraction` of the images of each class, at least one unit and never the last one.
@@ -253,7 +254,7 @@ def carve(train: Split, task: str, fraction: float, seed: int) -> tuple[Split, S
         stratum = np.full(unit.max() + 1, -1)
         np.maximum.at(stratum, unit, rarity[train.labels])
     images = np.bincount(unit)
-    order = np.argsort(scattered(derive_seed("tune", seed), np.arange(len(images))), kind="stable")
+    order = np.argsort(scattered(derive_seed(purpose, seed), np.arange(len(images))), kind="stable")
     tuned = np.zeros(len(images), bool)
     for level in np.unique(stratum):
         members = order[stratum[order] == level]
