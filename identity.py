@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,7 @@ def plain(value: Any) -> Any:
 
 def _as_before(f: Any, value: Any) -> bool:
     """Whether a field was added later and is at its default; a subclass made for Hydra keeps its metadata."""
-    return (
-        f.metadata.get("identity") == "if changed" and f.default is not MISSING and getattr(value, f.name) == f.default
-    )
+    return f.metadata.get("identity") == _ADDED_LATER["identity"] and getattr(value, f.name) == f.default
 
 
 def canonical_json(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UserError
-from ..identity import derive_seed
+from ..identity import added_later, derive_seed
 from ..registries import NETWORKS, register_network
 
 
@@ -186,14 +186,22 @@ class BasicBlock(nn.Module):
 @register_network("resnet18")
 @dataclass
 class ResNet18:
-    """ResNet-18 in the variant for 28 pixels that MedMNIST uses: 3x3 stem, no max-pooling; 11 million weights."""
+    """ResNet-18 in the variant for 28 pixels that MedMNIST uses: 3x3 stem, no max-pooling; 11 million weights.
+
+    stride: of the stem; 2 for images of 64 pixels and more, which costs a quarter.
+    """
 
     norm: str = "group"
+    stride: int = added_later(1)
     version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self.stride, "stride", 1)
 
     def build(self, channels: int, size: int, outputs: int) -> nn.Module:
         """Return stem, eight basic blocks of 64, 128, 256, 512 channels, global average, one linear layer."""
-        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False), _norm(self.norm, 64, 32), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, self.stride, 1, bias=False)]
+        layers += [_norm(self.norm, 64, 32), nn.ReLU()]
         inputs = 64
         for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
             layers += [BasicBlock(inputs, width, stride, self.norm), BasicBlock(width, width, 1, self.norm)]

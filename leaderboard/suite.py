@@ -21,8 +21,13 @@ rows are required:
     threads: int            CPU threads of every run; left out: the machine's own number
     device: str             cpu | cuda (cpu); one table is one type of device
     predictions: bool       whether predictions are committed beside the records (false)
+    intersections: [str]    groups that the fairness page forms from attributes of the data, as in ["sex*view"] ([])
+    strata: [str]           hidden strata that are looked for: clusters | slices | disagreement ([])
+    truths: [str]           truths of a synthetic set that strata are held against, as in [drain] ([])
     board: bool             whether the suite is part of the committed leaderboard, which then needs 5 base seeds and
                             all controls (false)
+    single_base: bool       a board of one base network, declared as such: its intervals are over test cases only, and
+                            it has no ranks (false)
     rows: [row]             in the order of the table; a row is a generator, or {generator: {setting: value}} with
                             the settings that differ from the generator's defaults; `members:` beside the name of the
                             generator draws another number for this row
@@ -54,6 +59,7 @@ ENOUGH = 5
 """Base seeds that a board needs: the base network is a random effect, and one base says little about another."""
 
 DEVICES = ("cpu", "cuda")
+STRATA = ("clusters", "slices", "disagreement")
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,11 @@ class Suite:
     threads: int | None = None
     device: str = "cpu"
     predictions: bool = False
+    intersections: tuple[str, ...] = ()
+    strata: tuple[str, ...] = ()
+    truths: tuple[str, ...] = ()
     board: bool = False
+    single_base: bool = False
 
     @property
     def settings(self) -> Settings:
@@ -238,8 +248,15 @@ def _check(path: Path, content: dict[Any, Any]) -> Suite:
         if row.members < k:
             raise UserError(f"{path}: rows[{i}] draws {row.members} members, fewer than k = {k}: draw more or lower k")
     if values.get("board"):
-        if len(values["base_seeds"]) < ENOUGH:
-            raise UserError(f"{path}: base_seeds: a board needs at least {ENOUGH}: add some, or set board: false")
+        if values.get("single_base"):
+            if len(values["base_seeds"]) > 1:
+                raise UserError(
+                    f"{path}: single_base: there are {len(values['base_seeds'])} base_seeds: remove the key"
+                )
+        elif len(values["base_seeds"]) < ENOUGH:
+            raise UserError(
+                f"{path}: base_seeds: a board needs at least {ENOUGH}: add some, or set board: false"
+            )
         if absent := [c for c in CONTROLS if c not in [row.generator for row in values["rows"]]]:
             raise UserError(f"{path}: rows: a board shows every control, {', '.join(absent)} is absent: add it")
     return Suite(name=path.stem, **values)
@@ -283,6 +300,14 @@ def _choice(where: str, value: Any, known: tuple[str, ...]) -> str:
     if value not in known:
         raise UserError(f"{where} is {_shown(value)}: {suggest(str(value), known)}")
     return value
+
+
+def _product(where: str, value: Any) -> str:
+    """Return names joined by `*`, as in sex*view."""
+    names = value.split("*") if isinstance(value, str) else []
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(f'{where} must be two or more different attributes, as in "sex*view", not {_shown(value)}')
+    return "*".join(_name(where, name) for name in names)
 
 
 def _flag(where: str, value: Any) -> bool:
@@ -356,6 +381,10 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threads": partial(_integer, least=1),
     "device": partial(_choice, known=DEVICES),
     "predictions": _flag,
+    "intersections": partial(_distinct, check=_product),
+    "strata": partial(_distinct, check=partial(_choice, known=STRATA)),
+    "truths": partial(_distinct, check=_name),
     "board": _flag,
+    "single_base": _flag,
     "rows": _rows,
 }
