@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,11 +69,32 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def array_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of `arrays`, in the order of their names."""
+class InBlocks(Protocol):
+    """An array that is too large to be held: its blocks, one after the other, are the whole of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def blocks(self) -> Iterator[np.ndarray]: ...
+
+
+def array_digest(arrays: Mapping[str, np.ndarray | InBlocks]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of `arrays`, in the order of their names.
+
+    The same whether an array is in memory or delivers its blocks.
+    """
     h = hashlib.sha256()
     for name in sorted(arrays):
-        a = np.asarray(arrays[name])
+        a = arrays[name]
+        if not isinstance(a, np.ndarray) and hasattr(a, "blocks"):
+            h.update(canonical_json([name, a.dtype.str, list(a.shape)]).encode())
+            for block in a.blocks():
+                h.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            continue
+        a = np.asarray(a)
         if a.dtype.kind in "OU":  # strings have no fixed width across platforms: hash their text
             h.update(canonical_json([name, list(a.shape), a.ravel().tolist()]).encode())
             continue

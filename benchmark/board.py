@@ -169,6 +169,7 @@ def _clean(args: argparse.Namespace) -> int:
 
     store = Store(args.artifacts)
     records = read_all(args.records)  # a mistyped folder must not read as "no record needs anything"
+    datasets = [record["identity"]["dataset"] for record in records]
     needed = set()
     for record in records:
         base = {n: record["identity"][n] for n in BASE_PARTS}
@@ -176,7 +177,11 @@ def _clean(args: argparse.Namespace) -> int:
     freed = 0
     for stage, key, size in store.contents():
         spec = store.spec(stage, key)
-        keep = key in needed or (stage == "part" and spec is not None and spec["base"] in needed)
+        keep = key in needed
+        if spec is not None and stage == "part":
+            keep = spec["base"] in needed
+        elif spec is not None and stage == "images":
+            keep = any(_shows(dataset, spec) for dataset in datasets)
         action = "needed" if keep else "removed" if args.remove else "not needed"
         print(f"{stage:<12} {key[:13]:<13} {size / 1e6:10.1f} MB  {action}")
         if not keep:
@@ -186,6 +191,12 @@ def _clean(args: argparse.Namespace) -> int:
     what = "removed" if args.remove else "can be removed: leaderboard clean --remove"
     print(f"{freed / 1e6:.1f} MB that no record of {args.records} needs {what}")
     return 0
+
+
+def _shows(dataset: dict[str, Any], films: dict[str, Any]) -> bool:
+    """Whether decoded films are those of a dataset: of its name, and rendered as it says, where it says so."""
+    same = all(dataset.get(name, value) == value for name, value in films["rendering"].items())
+    return dataset["name"] == films["dataset"] and same
 
 
 BASE_PARTS = ("dataset", "network", "training", "base_seed", "resample_seed", "numerics")

@@ -12,7 +12,9 @@ Arguments measure a subset, which replaces the rows and figures of those names a
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..datasets.api import default_data_root
+from ..datasets.decoding import decode_films
+from ..datasets.films import Films, Rendering
 from ..datasets.phantom_cxr import PhantomCXR
+from ..datasets.stored import StoredImages
 from ..generators.api import Part
 from ..generators.modelset import DiagonalSet
 from ..leaderboard.science import Evidence, parts
@@ -34,6 +40,8 @@ from .memory import PeakMemory
 from .networks import Network
 from .predict import predict
 from .provenance import device_name
+from .store import Store
+from .streaming import FilmStore, Host, StreamedImages
 from .timing import as_row, timed
 from .train import Training, train
 
@@ -77,7 +85,7 @@ def all_measures() -> tuple[list[Callable[..., dict[str, Any]]], list[Callable[[
     from . import speed_geodesics
 
     figures = [phantom_rate, memory_of_1000_members, science_200x20000, *speed_geodesics.FIGURES]
-    return [*MEASURES, *speed_geodesics.MEASURES], figures
+    return [*MEASURES, *DECODING, *speed_geodesics.MEASURES], figures
 
 
 def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
@@ -217,7 +225,90 @@ def science_200x20000() -> tuple[str, str]:
     return "the science of 200 members (and 200 retrainings) on 20,000 cases of 10 classes", f"{seconds:.0f} s, {size}"
 
 
-MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000)
+def data_wait(device: torch.device) -> dict[str, Any]:
+    """Time an epoch of smallcnn on 2,000 images of 64 pixels that are streamed from a file, against resident ones.
+
+    The share of the streamed epoch that is spent reading images and moving them to the device is given beside it; the
+    file is in the system's cache.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (2000, 1, 64, 64), dtype=np.uint8)
+    labels = (torch.arange(len(images)) % 2).to(device)
+    network, recipe = Network({"name": "smallcnn"}, 1, 64, 2), Training(epochs=1)
+    waited: list[float] = []
+
+    class Timed(Host):
+        def fetch(self, rows: np.ndarray) -> Tensor:
+            start = time.perf_counter()
+            found = super().fetch(rows)
+            waited[-1] += time.perf_counter() - start
+            return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "images.npy", images)
+        stored = StoredImages(np.load(Path(folder) / "images.npy", mmap_mode="r", allow_pickle=False))
+        streamed = Part(StreamedImages(Timed(stored, device), np.arange(len(images))), labels)
+        resident = Part(torch.from_numpy(images).to(device), labels)
+        epochs: list[float] = []
+
+        def ours() -> None:
+            waited.append(0.0)
+            epochs.append(timed(lambda: train(network, streamed, recipe, 0), device))
+
+        row = compare("data_wait", device, ours, lambda: train(network, resident, recipe, 0))
+    share = statistics.median(wait / epoch for wait, epoch in zip(waited[1:], epochs[1:]))
+    return row | {"text": f"{share:.1%} of a streamed epoch on the {device.type} is spent waiting for images"}
+
+
+def decode_1000_png_64() -> dict[str, Any]:
+    """Time decoding 1,000 PNGs to 64 pixels into a file against a loop with Pillow in one process that keeps them.
+
+    The PNGs are those of the real sample (64 pixels) where it is there, else made-up ones of 1024 pixels.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sample = default_data_root() / "nih_chest_xray14_sample" / "images"
+        real = sample.is_dir()
+        root = sample if real else _films(Path(folder), 1000)
+        row = _decoding("decode_1000_png_64", root, Rendering(64))
+    return row | {"text": f"the PNGs were {'the real sample' if real else 'made-up ones of 1024 pixels'}"}
+
+
+def decode_1024_to_224() -> dict[str, Any]:
+    """Time decoding 100 made-up PNGs of 1024 pixels to 224 against a loop with Pillow in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = _decoding("decode_1024_to_224", _films(Path(folder), 100), Rendering(224))
+    return row | {"text": f"{100 / row['ours_s']:.0f} images per second, the loop {100 / row['baseline_s']:.0f}"}
+
+
+def _decoding(name: str, root: Path, rendering: Rendering) -> dict[str, Any]:
+    from PIL import Image
+
+    films = Films(root, sorted(path.name for path in root.iterdir()), rendering)
+    size = (rendering.size, rendering.size)
+
+    def loop() -> list[np.ndarray]:
+        opened = (Image.open(root / file).convert("L") for file in films.files)
+        return [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in opened]
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            decode_films(films, FilmStore(Store(Path(folder)), name))
+
+    return compare(name, torch.device("cpu"), ours, loop)
+
+
+def _films(folder: Path, count: int) -> Path:
+    """Write PNGs of 1024 pixels that compress as radiographs do, to about half."""
+    from PIL import Image
+
+    rng, y, x = np.random.default_rng(0), *np.mgrid[:1024, :1024] / 1024
+    for k in range(count):
+        film = 120 + 80 * np.sin(6 * x + k) * np.cos(5 * y) + rng.normal(0, 2, x.shape)
+        Image.fromarray(film.clip(0, 255).astype(np.uint8)).save(folder / f"{k:04d}.png")
+    return folder
+
+
+MEASURES = (train_smallcnn, predict_set_smallcnn, disagreement_1000x10000, data_wait)
+DECODING = (decode_1000_png_64, decode_1024_to_224)
 FIGURES_HEAD = "| figure | measured |"
 VIEWS = (("val", slice(0, 2000)), ("test", slice(2000, 10_000)))
 

@@ -33,12 +33,14 @@ from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate
 from .memory import PeakMemory
 from .networks import Network
+from .objectives import Grouping
 from .predict import base_block, choose_strategy, predict, predict_block
 from .progress import log, progress
 from .provenance import device_name, provenance
 from .sections import cost_section, data_section, plain_score, set_section
 from .spec import Spec, set_numerics
 from .store import FileCheckpoint, Stopwatch, Store, synchronise
+from .streaming import FilmStore, on_device
 from .train import bootstrap_rows as bootstrap
 from .train import gradient_norm, mean_loss, train
 
@@ -56,7 +58,10 @@ class Session:
         """Return the prepared dataset of a run, loading each only once; resampled where the run asks for it."""
         key = canonical_json([spec.part("dataset"), spec.options.data_root, spec.options.resample_seed])
         if key not in self.datasets:
-            data = prepare(spec.dataset, spec.options.data_root)
+            store = Store(Path(spec.options.artifacts_dir), log)
+            data = prepare(spec.dataset, spec.options.data_root, cache=FilmStore(store, spec.names["dataset"]))
+            for line in data.exclusions:
+                log(f"{data.name}: {line}")
             if spec.options.resample_seed is not None:
                 split = data.splits["train"]
                 patient = None if split.patient is None else torch.from_numpy(split.patient)
@@ -82,11 +87,11 @@ class Run:
         self.network = Network(spec.part("network"), first.images.shape[1], first.images.shape[2], outputs)
 
     def part(self, name: str) -> Part:
-        """Return images and labels of one split on the device, where they stay."""
+        """Return images and labels of one split on the device, where they stay if there is room."""
         if name not in self._parts:
             split = self.data.splits[name]
-            images, labels = (torch.from_numpy(a).to(self.device) for a in (split.images, split.labels))
-            self._parts[name] = Part(images, labels)
+            labels = torch.from_numpy(split.labels).to(self.device)
+            self._parts[name] = Part(on_device(split.pixels, self.device), labels)
         return self._parts[name]
 
     def plan(self) -> list[tuple[str, str, bool]]:
@@ -133,6 +138,7 @@ class Run:
             prior_precision=self.spec.training.prior_precision,
             batch_size=self.spec.training.batch_size,
             fit=self._fit(checkpoint),
+            groups=self._grouping().codes,
             members=self.spec.options.members,
             base_seed=self._base_seed(),
             device=self.device,
@@ -238,12 +244,24 @@ class Run:
         """
         recipe, data = self.spec.training, self.part("train")
         few = Part(data.images[: 8 * recipe.batch_size], data.labels[: 8 * recipe.batch_size])
-        timed = train(self.network, few, replace(recipe, epochs=4, polish=0), derive_seed("timing")).epoch_s[1:]
+        timed = train(
+            self.network,
+            few,
+            replace(recipe, epochs=4, polish=0),
+            derive_seed("timing"),
+            grouping=lambda groups: self._grouping().codes(groups)[: len(few)],
+        ).epoch_s[1:]
         return float(np.median(timed)) * recipe.epochs * len(data) / len(few)
+
+    def _grouping(self, strata: Callable[[], Tensor] | None = None) -> Grouping:
+        """Return what the training samples can be grouped by; strata: makes the codes of hidden strata."""
+        split = self.data.splits["train"]
+        return Grouping(split.labels, split.attributes, split.patient, strata)
 
     def _fit(self, checkpoint: Any) -> Any:
         split = self.data.splits["train"]
         patient = None if split.patient is None else torch.from_numpy(split.patient)
+        grouping = self._grouping()
         data = self.part("train")
 
         def fit(seed: int, **arguments: Any) -> Trained:
@@ -253,6 +271,7 @@ class Run:
                 self.spec.training,
                 seed,
                 patient=patient,
+                grouping=grouping.codes,
                 **{"checkpoint": checkpoint, "progress": progress, **arguments},
             )
 

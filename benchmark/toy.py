@@ -8,6 +8,7 @@ import torch
 
 from ..generators.api import Memory, Part, Problem, Trained
 from .networks import Network
+from .objectives import Grouping
 from .train import Training, mean_loss, train
 
 
@@ -32,9 +33,12 @@ def toy_problem(
 
 def problem_of(network: Network, data: Part, tune: Part, recipe: Training, members: int, seed: int = 0) -> Problem:
     """Return a single-label problem on these images, with a base that the recipe trains on `data`."""
+    grouping = Grouping(data.labels.cpu().numpy())
 
     def fit(seed: int, **arguments: Any) -> Trained:
-        return train(network, data, recipe, seed, **{"checkpoint": problem.checkpoint, **arguments})
+        return train(
+            network, data, recipe, seed, grouping=grouping.codes, **{"checkpoint": problem.checkpoint, **arguments}
+        )
 
     problem = Problem(
         network=network,
@@ -48,6 +52,7 @@ def problem_of(network: Network, data: Part, tune: Part, recipe: Training, membe
         prior_precision=recipe.prior_precision,
         batch_size=recipe.batch_size,
         fit=fit,
+        groups=grouping.codes,
         members=members,
         base_seed=seed,
         device=data.images.device,

@@ -1,7 +1,8 @@
 """The one training recipe, for base models and for every generator that trains.
 
 Mini-batch SGD or AdamW with cosine decay on `loss + a/(2N) |w|^2`: the Gaussian prior is an L2 term of the loss, never
-decoupled decay, so that the end point is a mode of what a Laplace approximation expands.
+decoupled decay, so that the end point is a mode of what a Laplace approximation expands (with the objective `erm`; the
+others end elsewhere, and `gradient_norm` says how far from such a mode).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from ..errors import Diverged, UserError
 from ..generators.api import Checkpoint, Memory, Part, Trained, choices
-from ..identity import derive_seed
+from ..identity import added_later, derive_seed
 from .networks import Network
+from .objectives import OBJECTIVES, ClassBalanced, GroupDRO, MeanLoss, Objective
+from .objectives import mean_loss as mean_loss
 
 CHECKPOINT_EVERY_S = 20.0
 
@@ -29,7 +32,10 @@ class Training:
 
     optimizer: adamw | sgd; lr: peak rate, decayed to 0 by a cosine; momentum: of SGD (and AdamW's beta1);
     prior_precision: a of the L2 term a/(2N) |w|^2; polish: steps of full-batch L-BFGS at the end (0 = none), which
-    report the gradient norm.
+    report the gradient norm; objective: erm | class_balanced | group_dro (see `objectives`); groups: of group_dro, a
+    product of attributes, `label`, `strata` and `random`, such as `sex*label` (the attribute x class of Sagawa et al.);
+    group_step: eta of its weights. Group DRO needs strong regularisation where a network can fit all samples: compare
+    it at a prior_precision and a number of epochs that leave it a training loss.
     """
 
     optimizer: str = "adamw"
@@ -39,6 +45,9 @@ class Training:
     momentum: float = 0.9
     prior_precision: float = 1.0
     polish: int = 0
+    objective: str = added_later("erm")
+    groups: str = added_later("")
+    group_step: float = added_later(0.01)
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -48,21 +57,20 @@ class Training:
                 raise UserError(f"training.{name}={getattr(self, name)} must be positive")
         if self.prior_precision < 0 or self.polish < 0 or not 0 <= self.momentum < 1:
             raise UserError("training: prior_precision and polish must not be negative, momentum in [0, 1)")
+        choices(self.objective, "training.objective", OBJECTIVES)
+        check_groups(self.objective, self.groups, "training")
+        if not 0 < self.group_step < math.inf:
+            raise UserError(f"training.group_step={self.group_step} must be positive")
+        if self.polish and self.objective != "erm":
+            raise UserError(f"training.polish={self.polish} descends the mean loss: use it with objective=erm alone")
 
 
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy in nats, mean over samples.
-
-    Multi-label targets ([sample, label], -1 = missing): the sum over the known labels of a sample of binary
-    cross-entropies, divided by the number of labels, so that a missing label contributes nothing.
-    """
-    if labels.ndim == 1:
-        return torch.nn.functional.cross_entropy(logits, labels)
-    known = labels >= 0
-    terms = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, labels.clamp(min=0).to(logits.dtype), reduction="none"
-    )
-    return (terms * known).sum(1).mean() / labels.shape[1]
+def check_groups(objective: str, groups: str, where: str) -> None:
+    """Raise UserError unless groups are named for group DRO, and for it alone."""
+    if objective == "group_dro" and not groups:
+        raise UserError(f"{where}.objective=group_dro needs {where}.groups, a product of names such as sex*label")
+    if groups and objective != "group_dro":
+        raise UserError(f"{where}.groups={groups} is for {where}.objective=group_dro, not {objective}: leave it out")
 
 
 def bootstrap_rows(patient: Tensor | None, n: int, seed: int) -> Tensor:
@@ -86,6 +94,7 @@ def train(
     init: Trained | None = None,
     init_seed: int | None = None,
     patient: Tensor | None = None,
+    grouping: Callable[[str], Tensor] | None = None,
     resample_seed: int | None = None,
     on_step: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -96,15 +105,19 @@ def train(
 ) -> Trained:
     """Train one network by the recipe; every random choice follows from `seed` (and `init_seed`, `resample_seed`).
 
-    Checkpoints hold whole epochs, so that a killed training continues to the same weights. Raises Diverged when the
-    loss of an epoch is not finite.
+    patient: of every sample; grouping: gives every sample's group for `recipe.groups`, both as for `data` before a
+    resample, which takes them along. Checkpoints hold whole epochs, so that a killed training continues to the same
+    weights. Raises Diverged when the loss of an epoch is not finite, UserError for groups that the data do not have.
     """
     recipe = replace(recipe, **changes)
     checkpoint = checkpoint or Memory()
     device = data.images.device
+    groups = _groups(recipe, grouping)
     if resample_seed is not None:
-        rows = bootstrap_rows(patient, len(data), resample_seed).to(device)
-        data = Part(data.images[rows], data.labels[rows])
+        rows = bootstrap_rows(patient, len(data), resample_seed)
+        groups = groups if groups is None else groups[rows]
+        data = Part(data.images[rows.to(device)], data.labels[rows.to(device)])
+    objective = _objective(recipe, data, groups, network.outputs)
     fresh = seed if init_seed is None else init_seed
     params, buffers = network.init(fresh) if init is None else (dict(init.params), dict(init.buffers))
     params = {n: p.detach().clone().to(device).requires_grad_() for n, p in params.items()}
@@ -113,13 +126,11 @@ def train(
     batches = math.ceil(len(data) / recipe.batch_size)
     losses: list[float] = []
     epoch_s: list[float] = []
-    first = _restore(checkpoint.load(name), params, buffers, optimizer, losses)
+    first = _restore(checkpoint.load(name), params, buffers, optimizer, objective, losses)
     saved = time.monotonic()
     for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
         start = time.perf_counter()
-        order = torch.randperm(
-            len(data), generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-        ).to(device)
+        order = objective.order(seed, epoch).to(device)
         total = torch.zeros((), device=device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
             if len(rows) < 2 <= min(recipe.batch_size, len(data)):  # BatchNorm cannot normalise a batch of one
@@ -132,11 +143,11 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = mean_loss(network(params, buffers, data.images[rows], train=True), data.labels[rows])
+            loss = objective(network(params, buffers, data.images[rows], train=True), data.labels[rows], rows)
             total += loss.detach() * len(rows)
-            objective = loss + _l2(params, recipe.prior_precision, len(data))
+            penalised = loss + _l2(params, recipe.prior_precision, len(data))
             optimizer.zero_grad()
-            objective.backward()
+            penalised.backward()
             optimizer.step()
             if on_step is not None:
                 on_step(step, params, buffers)
@@ -148,7 +159,7 @@ def train(
             )
         # A callback keeps state that no checkpoint of ours holds: such a training starts again from its beginning.
         if on_step is None and time.monotonic() - saved > CHECKPOINT_EVERY_S:
-            checkpoint.save(name, _state(params, buffers, optimizer, losses))
+            checkpoint.save(name, _state(params, buffers, optimizer, objective, losses))
             saved = time.monotonic()
     if recipe.polish:
         _polish(network, data, recipe, params, buffers)
@@ -156,17 +167,33 @@ def train(
     return Trained(weights, {n: b.detach() for n, b in buffers.items()}, losses, epoch_s)
 
 
+def _groups(recipe: Training, grouping: Callable[[str], Tensor] | None) -> Tensor | None:
+    if recipe.objective != "group_dro":
+        return None
+    if grouping is None:
+        raise UserError(f"groups={recipe.groups}: nothing is known about these training samples that could group them")
+    return grouping(recipe.groups)
+
+
+def _objective(recipe: Training, data: Part, groups: Tensor | None, classes: int) -> Objective:
+    if groups is not None:
+        return GroupDRO(groups.to(data.labels.device), recipe.group_step)
+    if recipe.objective == "class_balanced":
+        return ClassBalanced(data.labels, classes)
+    return MeanLoss(len(data))
+
+
 def gradient_norm(network: Network, data: Part, recipe: Training, trained: Trained) -> float:
-    """Return |gradient| of the full-batch objective (mean loss plus L2 term), BatchNorm in eval mode."""
+    """Return |gradient| of the mean loss plus L2 term over all data, whatever the objective, BatchNorm in eval mode."""
     params = {n: p.detach().clone().requires_grad_() for n, p in trained.params.items()}
-    _objective(network, data, recipe, params, trained.buffers)
+    _full_batch(network, data, recipe, params, trained.buffers)
     return math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in params.values() if p.grad is not None))
 
 
-def _objective(
+def _full_batch(
     network: Network, data: Part, recipe: Training, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> Tensor:
-    """Accumulate the gradient of the full-batch objective and return its value."""
+    """Accumulate the gradient of the mean loss plus L2 term over all data and return its value."""
     value = torch.zeros((), device=data.images.device)
     for images, labels in zip(data.images.split(256), data.labels.split(256), strict=True):
         part = mean_loss(network(params, buffers, images), labels) * (len(images) / len(data))
@@ -191,21 +218,26 @@ def _optimizer(recipe: Training, params: Iterable[Tensor]) -> torch.optim.Optimi
 def _polish(
     network: Network, data: Part, recipe: Training, params: dict[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Take `recipe.polish` L-BFGS steps on the full-batch objective, in place, with BatchNorm in eval mode."""
+    """Take `recipe.polish` L-BFGS steps on the mean loss plus L2 term, in place, with BatchNorm in eval mode."""
     lbfgs = torch.optim.LBFGS(params.values(), max_iter=recipe.polish, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         lbfgs.zero_grad()
-        return float(_objective(network, data, recipe, params, buffers))
+        return float(_full_batch(network, data, recipe, params, buffers))
 
     lbfgs.step(closure)
 
 
 def _state(
-    params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    losses: list[float],
 ) -> dict[str, Tensor]:
     """Return everything that the rest of a training depends on, as tensors."""
     state = {f"param/{n}": p for n, p in params.items()} | {f"buffer/{n}": b for n, b in buffers.items()}
+    state |= {f"objective/{n}": value for n, value in objective.state.items()}
     state["losses"] = torch.tensor(losses, dtype=torch.float64)
     for i, p in enumerate(params.values()):
         for key, value in optimizer.state.get(p, {}).items():
@@ -219,6 +251,7 @@ def _restore(
     params: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    objective: Objective,
     losses: list[float],
 ) -> int:
     """Put a checkpoint back in place and return the epoch to go on with."""
@@ -229,6 +262,8 @@ def _restore(
             p.copy_(state[f"param/{n}"])
         for n, b in buffers.items():
             b.copy_(state[f"buffer/{n}"])
+    for n, before in objective.state.items():
+        objective.state[n] = state[f"objective/{n}"].to(before.device)
     leaves = list(params.values())
     for key, value in state.items():
         if key.startswith("optimizer/"):

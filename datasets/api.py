@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -17,11 +17,16 @@ from ..errors import UserError
 from ..identity import array_digest, derive_seed, digest
 from ..registries import DATASETS as DATASETS
 from ..registries import register_dataset as register_dataset
+from .decoding import Cache, Temporary, decode_films
 from .films import Films
 from .hashing import hash_images, scattered
+from .stored import StoredImages
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 SPLITS = ("train", "val", "test")
+RESIDENT_BYTES = 2**29
+"""Decoded films that take no more than this are held in memory, and read when asked for beyond."""
+
 AGE_BINS = [*(f"{low}-{low + 9}" for low in range(0, 90, 10)), "90+"]
 
 
@@ -29,13 +34,14 @@ AGE_BINS = [*(f"{low}-{low + 9}" for low in range(0, 90, 10)), "90+"]
 class Split:
     """One part of a dataset.
 
-    images: uint8 [sample, channel, height, width], or the `Films` that `prepare` decodes; labels: int64 [sample], or [sample, label] with -1 = missing for
-    multi-label tasks; ids: int64 [sample], the row in the source's own split; patient: int64 codes [sample] or None
-    where the source knows no patients; attributes: name -> int64 codes [sample], -1 = unknown; latents: name ->
-    [sample] truths of a synthetic set, never shown to a generator.
+    images: uint8 [sample, channel, height, width], in memory or on disk, or the `Films` that `prepare` turns into
+    either; labels: int64 [sample], or [sample, label] with -1 = missing for multi-label tasks; ids: int64 [sample], the
+    row in the source's own split; patient: int64 codes [sample] or None where the source knows no patients; attributes:
+    name -> int64 codes [sample], -1 = unknown; latents: name -> [sample] truths of a synthetic set, never shown to a
+    generator.
     """
 
-    images: np.ndarray | Films
+    images: np.ndarray | StoredImages | Films
     labels: np.ndarray
     ids: np.ndarray
     patient: np.ndarray | None = None
@@ -44,6 +50,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def pixels(self) -> np.ndarray | StoredImages:
+        """Return the images; ValueError where they are films that `prepare` has not decoded."""
+        if isinstance(self.images, Films):
+            raise ValueError("these images are still in files: prepare() decodes them")
+        return self.images
 
     def take(self, rows: np.ndarray) -> Split:
         """Return the samples `rows` (int indices), in that order."""
@@ -63,7 +76,8 @@ class Data:
 
     classes: names of the classes (of the labels, if multi-label); positive: index of the positive class of a binary
     task, else None; attribute_values: attribute -> names of its codes; notes: caveats shown on the board;
-    duplicates: exact duplicate images across splits, `"train/test" -> count`, filled by `prepare`;
+    exclusions: what was left out and why, a line each, which `prepare` adds to the notes; duplicates: exact duplicate
+    images across splits, `"train/test" -> count`, filled by `prepare`;
     digest: SHA-256 of everything a result can depend on, filled by `prepare`; location: the file the data came from,
     for messages alone (a record holds no paths).
     """
@@ -78,6 +92,7 @@ class Data:
     licence: str = ""
     source: str = ""
     notes: list[str] = field(default_factory=list)
+    exclusions: list[str] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
     digest: str = ""
     location: str = ""
@@ -133,18 +148,25 @@ def _existing(value: str | Path, origin: str) -> Path:
 
 
 def prepare(
-    dataset: Dataset, data_root: str | Path | None = None, *, tune_fraction: float = 0.1, tune_seed: int = 0
+    dataset: Dataset,
+    data_root: str | Path | None = None,
+    *,
+    tune_fraction: float = 0.1,
+    tune_seed: int = 0,
+    cache: Cache | None = None,
 ) -> Data:
-    """Load `dataset`, check all of it, carve `tune` out of train, count duplicates and compute the digest.
+    """Load `dataset`, decode its films, check all of it, carve `tune`, count duplicates and compute the digest.
 
     `tune` is drawn by patient where ids are known, stratified by class unless the task is multi-label. `data_root=None`
-    means the default: only then may a dataset be downloaded, and only into ~/.medmnist. Raises UserError for whatever
-    the data or the settings break.
+    means the default: only then may a dataset be downloaded, and only into ~/.medmnist. cache: where decoded films are
+    kept, by default until this process ends. Raises UserError for whatever the data or the settings break.
     """
     if not 0 < tune_fraction < 1:
         raise UserError(f"tune_fraction={tune_fraction}: give a share of train between 0 and 1")
     data = dataset.load(resolve_data_root(data_root) if data_root else None)
     check(data)
+    data = _with_images(data, cache)
+    data = replace(data, notes=[*data.notes, *data.exclusions])
     train, tune = carve(data.splits["train"], data.task, tune_fraction, tune_seed)
     splits = {"train": train, "tune": tune, "val": data.splits["val"], "test": data.splits["test"]}
     where = data.location or f"dataset {data.name}"
@@ -154,6 +176,29 @@ def prepare(
         raise UserError(f"{where}: train keeps a single class without tune: add patients of the other class to train")
     data = replace(data, duplicates=count_duplicates(data.splits), splits=splits)
     return replace(data, digest=content_digest(data))
+
+
+def _with_images(data: Data, cache: Cache | None) -> Data:
+    """Return the data with films decoded, without the samples whose film cannot be read."""
+    films = {name: split.images for name, split in data.splits.items() if isinstance(split.images, Films)}
+    if not films:
+        return data
+    first = next(iter(films.values()))
+    if any(replace(some, files=first.files) != first for some in films.values()):
+        raise ValueError("all splits must have films of one root and rendering, and one rule for unreadable ones")
+    every = replace(first, files=sorted({file for some in films.values() for file in some.files}))
+    decoded = decode_films(every, cache or Temporary())
+    row_of = {file: row for row, file in enumerate(every.files)}
+    resident = sum(len(some) for some in films.values()) * every.rendering.size**2 <= RESIDENT_BYTES
+    splits = dict(data.splits)
+    for name, some in films.items():
+        readable = np.flatnonzero([file not in decoded.unreadable for file in some.files])
+        images = StoredImages(decoded.images, np.array([row_of[file] for file in some.files], np.int64)).take(readable)
+        kept = data.splits[name].take(readable)
+        splits[name] = replace(kept, images=images[:] if resident else images)
+    data = replace(data, splits=splits, exclusions=[*data.exclusions, *decoded.exclusions()])
+    check(data)
+    return data
 
 
 def check(data: Data) -> None:
@@ -173,8 +218,8 @@ def check(data: Data) -> None:
     _check_patients(data, where)
 
 
-def _check_images(images: np.ndarray, shape: tuple[int, ...], where: str) -> None:
-    if images.ndim != 4 or images.dtype != np.uint8:
+def _check_images(images: np.ndarray | StoredImages | Films, shape: tuple[int, ...], where: str) -> None:
+    if len(images.shape) != 4 or images.dtype != np.uint8:
         raise UserError(f"{where} is {images.dtype} {images.shape}: give uint8 [sample, channel, height, width]")
     if len(images) == 0:
         raise UserError(f"{where} is empty: every split needs images")
@@ -270,7 +315,7 @@ def count_duplicates(splits: dict[str, Split]) -> dict[str, int]:
 
     Images are compared by 64-bit hashes: the chance of any false match is about n^2 / 2^64.
     """
-    hashes = {name: hash_images(split.images) for name, split in splits.items()}
+    hashes = {name: hash_images(split.pixels) for name, split in splits.items()}
     pairs = (("train", "val"), ("train", "test"), ("val", "test"))
     counts = {f"{a}/{b}": int(np.isin(hashes[b], hashes[a]).sum()) for a, b in pairs}
     return {pair: count for pair, count in counts.items() if count}
@@ -278,9 +323,9 @@ def count_duplicates(splits: dict[str, Split]) -> dict[str, int]:
 
 def content_digest(data: Data) -> str:
     """Return the SHA-256 of all a result can depend on: images, labels, patients, attributes, and what codes mean."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, split in data.splits.items():
-        arrays |= {f"{name}/images": split.images, f"{name}/labels": split.labels}
+        arrays |= {f"{name}/images": split.pixels, f"{name}/labels": split.labels}
         arrays |= {f"{name}/attribute/{k}": v for k, v in split.attributes.items()}
         if split.patient is not None:
             arrays[f"{name}/patient"] = split.patient

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .stored import StoredImages
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CHUNK_WORDS = 500_000
 
@@ -20,7 +22,7 @@ def scattered(key: int | np.ndarray, index: np.ndarray) -> np.ndarray:
     return scramble(np.asarray(key, np.uint64) + (index.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
-def hash_images(images: np.ndarray) -> np.ndarray:
+def hash_images(images: np.ndarray | StoredImages) -> np.ndarray:
     """Return a hash of every image, uint64 [sample]: the sum of its 8-byte words, each scrambled with its position."""
     size = int(np.prod(images.shape[1:]))
     words = -(-size // 8)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, suggest
 from ..registries import GENERATORS as GENERATORS
 from ..registries import register_generator as register_generator
 from .modelset import ModelSet
@@ -37,7 +38,10 @@ class NetworkFunction(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Images (uint8 [sample, channel, height, width]) and labels of one part of the data, on the problem's device."""
+    """Images (uint8 [sample, channel, height, width]) and labels of one part of the data, on the problem's device.
+
+    Images that the device has no room for are a tensor all the same, which moves there the rows that are used.
+    """
 
     images: Tensor
     labels: Tensor
@@ -50,7 +54,8 @@ class Part:
 class Trained:
     """Weights at the end of one training by the recipe.
 
-    losses: of the epochs (mean over samples, nats); epoch_s: seconds of the epochs that this process trained.
+    losses: of the epochs (the objective without its L2 term, by default the mean over samples, nats); epoch_s: seconds
+    of the epochs that this process trained.
     """
 
     params: Params
@@ -81,8 +86,9 @@ class Fit(Protocol):
 
         `init_seed` draws the fresh weights instead of `seed`, which then decides the order alone.
         `resample_seed` trains on a bootstrap resample (by patient where the data know patients) instead; `changes`
-        replace fields of the recipe (`epochs=5`); `on_step(step, params, buffers)` among them is called after each
-        update. Raises Diverged when the loss stops being finite.
+        replace fields of the recipe (`epochs=5`; `objective="group_dro", groups="sex*label"`); `on_step(step, params,
+        buffers)` among them is called after each update. Raises Diverged when the loss stops being finite, UserError
+        for groups that the data do not have (see `Problem.groups`).
         """
         ...
 
@@ -142,6 +148,11 @@ def _silent(items: Iterable[Any], description: str, total: int | None = None) ->
     return items
 
 
+def no_groups(groups: str) -> Tensor:
+    """Raise UserError: the data know nothing that samples could be grouped by."""
+    raise UserError(f"groups={groups}: the data know nothing that samples could be grouped by")
+
+
 @dataclass
 class Problem:
     """Everything a generator may see.
@@ -150,6 +161,7 @@ class Problem:
     eval mode holding w*, for libraries that need one; train, tune: the data; task: binary | multiclass | ordinal |
     multilabel; classes: the number of outputs; loss: (logits, labels) -> mean over samples, nats;
     prior_precision: a of the training loss `loss + a/(2N) |w|^2`; batch_size: of the recipe; fit: the training recipe;
+    groups: the group of every training sample, int64, for a product of names such as `sex*label`, or UserError;
     members: how many to draw; base_seed: `fit(base_seed)` trains the base again;
     part: `part(name, spec, compute)` returns compute()'s tensors, computed once per base and shared by all generators
     (its seconds are booked as fixed cost whether or not it was found); checkpoint, clock, progress: see there.
@@ -168,6 +180,7 @@ class Problem:
     fit: Fit
     members: int
     base_seed: int
+    groups: Callable[[str], Tensor] = no_groups
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     part: Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, spec, compute: (
         compute()
@@ -207,8 +220,6 @@ class Generator:
 
 def choices(value: Any, name: str, allowed: Iterator[Any] | Iterable[Any]) -> None:
     """Raise UserError unless `value` is one of `allowed`."""
-    from ..errors import UserError, suggest
-
     allowed = list(allowed)
     if value not in allowed:
         raise UserError(f"{name}={value} is not a choice: {suggest(str(value), [str(a) for a in allowed])}")

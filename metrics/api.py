@@ -98,7 +98,9 @@ class MetricInfo:
     `membership`: `f(membership, epsilon)` returns who is accepted, bool [member], recorded for every tolerance;
     `criterion`: `f(context, probabilities)`, as for `model`, returns a `PerMember`, or a dict of these (or of
     `Undefined`) by suffix: what a user could choose a member by. It has a better direction, is handed to `selection`
-    alone and stands in no record.
+    alone and stands in no record;
+    `group`: the same as `criterion`, by attribute of the patients (suffix `#sex`), but reported, not chosen by: neither
+    `selection` nor a record knows it, it is computed from committed predictions.
 
     needs: what must be there, in words; min_members: the least number of accepted members of a `set` metric.
     """
@@ -114,7 +116,8 @@ class MetricInfo:
     min_members: int = 1
 
     def __post_init__(self) -> None:
-        directions = ("higher", "lower") if self.level == "criterion" else ("higher", "lower", "neither")
+        per_member = self.level in ("criterion", "group")
+        directions = ("higher", "lower") if per_member else ("higher", "lower", "neither")
         for value, allowed in ((self.direction, directions), (self.level, LEVELS)):
             if value not in allowed:
                 raise ValueError(f"metric '{self.name}': '{value}' is none of {', '.join(allowed)}")
@@ -128,12 +131,12 @@ class Metric(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
 
-LEVELS = ("model", "set", "membership", "criterion")
+LEVELS = ("model", "set", "membership", "criterion", "group")
 
 
 @dataclass(frozen=True)
 class PerMember:
-    """A criterion of every member.
+    """A criterion, or a metric of level `group`, of every member.
 
     values: float64 [member]; draws: float64 [draw, member], on the draws of `context.bootstrap`, NaN where a draw
     leaves it undefined; groups: codes of the groups that it is taken over, if any: a choice made on one view and

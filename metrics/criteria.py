@@ -5,16 +5,24 @@ Each gives a value per member and on every bootstrap draw; `selection` asks what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from .api import PerMember, Undefined, register_metric
-from .context import Context, decide
+from .context import Context
+from .group_rates import (
+    MIN_PATIENTS,
+    GroupRates,
+    accuracies,
+    by_suffix,
+    decisions,
+    share,
+    smallest,
+    spread,
+    true_positive_rates,
+)
 from .performance import ECE_BINS, calibration_errors, odds_ranking
-
-MIN_PATIENTS = 25
-"""Patients that a group needs in the denominator of its rate to count."""
 
 _GROUPS = f"an attribute with two groups of {MIN_PATIENTS} patients"
 
@@ -29,7 +37,7 @@ _GROUPS = f"an attribute with two groups of {MIN_PATIENTS} patients"
 )
 def _worst_group_accuracy(context: Context, probabilities: np.ndarray) -> dict[str, PerMember | Undefined]:
     """Accuracy of the group that is served worst, per attribute."""
-    return _over_groups(context, probabilities, context.known, "", _smallest)
+    return by_suffix(accuracies(context, probabilities), smallest)
 
 
 @register_metric(
@@ -42,7 +50,7 @@ def _worst_group_accuracy(context: Context, probabilities: np.ndarray) -> dict[s
 )
 def _accuracy_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerMember | Undefined]:
     """Accuracy of the group that is served best minus that of the worst, per attribute."""
-    return _over_groups(context, probabilities, context.known, "", _spread)
+    return by_suffix(accuracies(context, probabilities), spread)
 
 
 @register_metric(
@@ -55,9 +63,7 @@ def _accuracy_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerM
 )
 def _tpr_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerMember | Undefined]:
     """Largest minus smallest true positive rate of the groups (equal opportunity), per attribute."""
-    if context.classes != 2:
-        raise Undefined(f"defined for two classes, not {context.classes}")
-    return _over_groups(context, probabilities, context.labels == context.positive, "positive ", _spread)
+    return by_suffix(true_positive_rates(context, probabilities), spread)
 
 
 @register_metric(
@@ -70,12 +76,13 @@ def _tpr_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerMember
 )
 def _worst_class_recall(context: Context, probabilities: np.ndarray) -> PerMember:
     """Share of the samples of the class that is recognised worst which are decided correctly."""
-    right = _decisions(context, probabilities) == context.labels
+    right = decisions(context, probabilities) == context.labels
     chosen = [np.flatnonzero(context.labels == c) for c in range(context.classes)]
     for c, samples in enumerate(chosen):
         if not len(samples):
             raise Undefined(f"class {c} has no sample")
-    return _reduced([_share(context, right, samples) for samples in chosen], _smallest)
+    recalls = GroupRates.of(range(context.classes), [share(context, right, samples) for samples in chosen])
+    return replace(recalls.reduced(smallest), groups=())
 
 
 @register_metric(
@@ -145,57 +152,3 @@ def _placements(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     out = np.empty(len(scores))
     out[order] = np.where(kind, neg_below / (len(scores) - n_pos), 1.0 - pos_below / n_pos)
     return out
-
-
-_Reduce = Callable[[np.ndarray], np.ndarray]
-
-
-def _smallest(rates: np.ndarray) -> np.ndarray:
-    return rates.min(axis=0)
-
-
-def _spread(rates: np.ndarray) -> np.ndarray:
-    return rates.max(axis=0) - rates.min(axis=0)
-
-
-def _over_groups(
-    context: Context, probabilities: np.ndarray, counted: np.ndarray, who: str, reduce: _Reduce
-) -> dict[str, PerMember | Undefined]:
-    """Reduce the groups' shares of right decisions among the counted samples, by attribute; unknown is no group."""
-    if not context.attributes:
-        raise Undefined("no attribute of the patients is known")
-    right = _decisions(context, probabilities) == context.labels
-    out: dict[str, PerMember | Undefined] = {}
-    for name, codes in context.attributes.items():
-        found = {int(g): np.flatnonzero(counted & (codes == g)) for g in np.unique(codes[codes >= 0])}
-        groups = [g for g, chosen in found.items() if _patients(context, chosen) >= MIN_PATIENTS]
-        if len(groups) < 2:
-            few = f"{len(groups)} of {len(found)} groups of '{name}' have {MIN_PATIENTS} {who}patients, two are needed"
-            out[f"#{name}"] = Undefined(few)
-        else:
-            out[f"#{name}"] = _reduced([_share(context, right, found[g]) for g in groups], reduce, tuple(groups))
-    return out
-
-
-def _decisions(context: Context, probabilities: np.ndarray) -> np.ndarray:
-    return context.decisions if probabilities is context.probabilities else decide(probabilities)
-
-
-def _patients(context: Context, chosen: np.ndarray) -> int:
-    return len(np.unique(context.bootstrap.index[chosen]))
-
-
-def _reduced(rates: list[PerMember], reduce: _Reduce, groups: tuple[int, ...] = ()) -> PerMember:
-    return PerMember(reduce(np.stack([r.values for r in rates])), reduce(np.stack([r.draws for r in rates])), groups)
-
-
-def _share(context: Context, right: np.ndarray, chosen: np.ndarray) -> PerMember:
-    """Return the share of the chosen samples that are right, bool [member, sample], per member and draw."""
-    b = context.bootstrap
-    hits = right[:, chosen].astype(np.float32)  # sums of counts: exact below 2^24
-    draws = np.empty((b.draws, len(hits)))
-    for block in b.blocks():
-        counts = b.sample_counts(chosen, block)
-        with np.errstate(invalid="ignore"):
-            draws[block] = ((hits @ counts).astype(np.float64) / counts.sum(axis=0, dtype=np.float64)).T
-    return PerMember(hits.mean(axis=1, dtype=np.float64), draws)

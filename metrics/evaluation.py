@@ -38,7 +38,7 @@ class Evaluation:
 def catalogue(names: Sequence[str] | None = None) -> dict[str, MetricInfo]:
     """Return what the metrics declare, by name, without computing any; by default all that a record can hold.
 
-    Criteria (`level="criterion"`) are chosen by, not recorded: they are left out.
+    What is chosen by (`level="criterion"`) or reported by group (`level="group"`) is not recorded: it is left out.
     """
     functions = _functions(None) if names is None else {name: METRICS.get(name) for name in names}
     return {name: function.info for name, function in functions.items()}
@@ -50,7 +50,8 @@ def evaluate(
     """Score a model set: membership on `val`, every metric (or those named) on `test` for the accepted members.
 
     Raises NonFinite naming member and sample for logits that are not finite, ValueError for shapes that do not fit,
-    UserError for an unknown metric or a criterion, Undefined when the loss of membership has no value on `val`.
+    UserError for an unknown metric or one that no record scores, Undefined when the loss of membership has no value on
+    `val`.
     """
     settings = settings or Settings()
     for view in (val, test):
@@ -116,12 +117,19 @@ def check_shapes(predictions: Predictions) -> None:
         raise ValueError(f"labels on {p.view} lie in {p.labels.min()}..{p.labels.max()}, not in 0..{classes - 1} or -1")
 
 
+_UNRECORDED = {
+    "criterion": "members are chosen by a criterion, no record scores it",
+    "group": "a metric of groups is computed from the predictions, no record scores it",
+}
+
+
 def _functions(names: Sequence[str] | None) -> dict[str, Metric]:
     functions = dict(METRICS.load_all()) if names is None else {name: METRICS.get(name) for name in names}
-    criteria = [name for name, function in functions.items() if function.info.level == "criterion"]
-    if names is not None and criteria:
-        raise UserError(f"{', '.join(criteria)}: members are chosen by a criterion, no record scores it")
-    return {name: function for name, function in functions.items() if name not in criteria}
+    if names is not None:
+        for level, reason in _UNRECORDED.items():
+            if named := [name for name, function in functions.items() if function.info.level == level]:
+                raise UserError(f"{', '.join(named)}: {reason}")
+    return {name: function for name, function in functions.items() if function.info.level not in _UNRECORDED}
 
 
 def _acceptance(functions: Mapping[str, Metric], who: Membership, settings: Settings) -> dict[str, Score]:

@@ -146,6 +146,44 @@ def test_a_resumed_training_ends_in_the_same_bits(spec, optimizer, killed_before
         assert torch.equal(resumed.buffers[name], whole.buffers[name]), name
 
 
+@pytest.mark.parametrize("objective, groups", [("class_balanced", ""), ("group_dro", "label")])
+def test_a_resumed_training_of_another_objective_ends_in_the_same_bits(objective, groups, monkeypatch):
+    monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_S", -1.0)
+    data, network = problem(), Network(GROUP, 1, 8, 3)
+    recipe = Training(epochs=4, objective=objective, groups=groups, group_step=0.5)
+    whole = train(network, data, recipe, 0, grouping=lambda named: data.labels)
+    checkpoint = Memory()
+
+    def until(epochs, description, total=None):
+        yield from itertools.islice(epochs, 2)
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(network, data, recipe, 0, grouping=lambda named: data.labels, checkpoint=checkpoint, progress=until)
+    resumed = train(network, data, recipe, 0, grouping=lambda named: data.labels, checkpoint=checkpoint)
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(resumed.params[n], whole.params[n]) for n in whole.params)
+
+
+def test_a_checkpoint_holds_the_weights_of_the_groups(monkeypatch):
+    """Without them the resumed training would start again from even weights and end elsewhere."""
+    monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_S", -1.0)
+    data, network, checkpoint = problem(), Network(GROUP, 1, 8, 3), Memory()
+    recipe = Training(epochs=2, objective="group_dro", groups="label", group_step=0.5)
+    train(network, data, recipe, 0, grouping=lambda named: data.labels, checkpoint=checkpoint)
+    stored = checkpoint.load("training")
+    assert stored["objective/log_q"].exp().sum() == pytest.approx(1)
+    assert stored["objective/log_q"].std() > 0.01
+    forgetful = Memory()
+    even = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+    forgetful.save("training", stored | {"objective/log_q": even})
+    longer = [
+        train(network, data, recipe, 0, grouping=lambda named: data.labels, checkpoint=c, epochs=3)
+        for c in (checkpoint, forgetful)
+    ]
+    assert longer[0].losses[2] != longer[1].losses[2]
+
+
 def test_a_training_with_a_callback_starts_again_from_its_beginning(monkeypatch):
     monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_S", -1.0)
     data, network, checkpoint, seen = problem(), Network(MLP, 1, 8, 3), Memory(), []

@@ -9,9 +9,10 @@ import torch
 from multiplicity_bench.benchmark.toy import toy_problem
 from multiplicity_bench.benchmark.train import bootstrap_rows
 from multiplicity_bench.errors import UserError
-from multiplicity_bench.generators.api import Memory
+from multiplicity_bench.generators.api import Memory, no_groups
+from multiplicity_bench.generators.contract import check_generator, check_refusal
 from multiplicity_bench.generators.retrain import Retrain
-from multiplicity_bench.identity import derive_seed
+from multiplicity_bench.identity import derive_seed, plain
 
 
 class Recorder:
@@ -150,6 +151,50 @@ def test_members_of_a_batchnorm_network_carry_their_own_statistics(toy):
 def test_the_toy_problem_shares_nothing_between_calls():
     a, b = toy_problem(n=64), toy_problem(n=64)
     assert all(torch.equal(p, b.base.params[n]) and p is not b.base.params[n] for n, p in a.base.params.items())
+
+
+DRO = {"objective": "group_dro", "groups": "label"}
+
+
+@pytest.mark.parametrize("settings", [DRO, {"objective": "class_balanced"}], ids=["group_dro", "class_balanced"])
+def test_another_objective_keeps_the_contract_and_gives_other_members(settings, toy):
+    problem = toy(members=3, classes=7)  # 120 images: 18 of the first class, 17 of the others
+    drawn = check_generator(Retrain(**settings), problem)
+    usual = Retrain().generate(replace(problem, checkpoint=Memory()), 1)
+    assert distance(drawn.member(0)[0], usual.member(0)[0]) > 1e-3, "far beyond rounding"
+
+
+def test_a_member_of_another_objective_is_the_recipe_with_it(toy):
+    problem = toy(members=2)
+    drawn = Retrain(resample="bootstrap", **DRO).generate(problem, 9)
+    seed = derive_seed(9, "retrain", 1)
+    alone = problem.fit(seed, resample_seed=seed, objective="group_dro", groups="label")
+    assert all(torch.equal(p, drawn.params[n][1]) for n, p in alone.params.items())
+
+
+def test_groups_that_the_data_do_not_have_are_a_reason_to_skip(toy):
+    problem = toy(members=2)
+    assert Retrain(**DRO).supports(problem) is None
+    reason = check_refusal(Retrain(objective="group_dro", groups="sex*label"), problem)
+    assert reason == "groups=sex*label: the data know no attribute 'sex': known: label, random"
+    assert "strata" in check_refusal(Retrain(objective="group_dro", groups="strata"), problem)
+    assert check_refusal(Retrain(**DRO), replace(problem, groups=no_groups))
+    assert Retrain().supports(replace(problem, groups=no_groups)) is None
+
+
+def test_the_usual_objective_is_no_part_of_an_identity():
+    assert plain(Retrain()) == {"resample": "none", "init": "fresh"}
+    assert plain(Retrain(**DRO)) == {"resample": "none", "init": "fresh", **DRO}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "dro"}, {"objective": "group_dro"}, {"groups": "sex"}, {"objective": "erm", "groups": "a"}],
+)
+def test_objectives_that_cannot_be_are_one_line(settings):
+    with pytest.raises(UserError) as caught:
+        Retrain(**settings)
+    assert "generator." in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [{"resample": "jackknife"}, {"init": "zero"}], ids=str)
