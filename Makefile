@@ -11,7 +11,7 @@ unexport UV_SYSTEM_PYTHON UV_WORKING_DIR UV_WORKING_DIRECTORY
 # Two test processes share the cores of a small machine: threads of their own would only get into each other's way.
 test test-all golden: export OMP_NUM_THREADS := 1
 
-.PHONY: benchmark test test-all lint types speed riemannian exact golden clean
+.PHONY: benchmark test test-all lint types speed riemannian exact groups golden clean
 
 benchmark: $(STAMP)
 	$(BIN)/run-benchmark
@@ -42,6 +42,9 @@ riemannian: $(STAMP)
 
 exact: $(STAMP)
 	$(BIN)/python -m multiplicity_bench.benchmark.exact
+
+groups: $(STAMP)
+	$(BIN)/python -m multiplicity_bench.benchmark.groups
 
 golden: $(STAMP)
 	$(BIN)/python tests/golden/toy_run.py tests/golden/toy_run.json

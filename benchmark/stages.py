@@ -253,10 +253,12 @@ class Run:
         ).epoch_s[1:]
         return float(np.median(timed)) * recipe.epochs * len(data) / len(few)
 
-    def _grouping(self, strata: Callable[[], Tensor] | None = None) -> Grouping:
-        """Return what the training samples can be grouped by; strata: makes the codes of hidden strata."""
+    def _grouping(self) -> Grouping:
+        """Return what the training samples can be grouped by; hidden strata are found when they are asked for."""
+        from .strata import find
+
         split = self.data.splits["train"]
-        return Grouping(split.labels, split.attributes, split.patient, strata)
+        return Grouping(split.labels, split.attributes, split.patient, lambda: find(self, "clusters").codes["train"])
 
     def _fit(self, checkpoint: Any) -> Any:
         split = self.data.splits["train"]

@@ -51,7 +51,8 @@ def on_device(images: np.ndarray | StoredImages, device: torch.device) -> Tensor
     if isinstance(images, np.ndarray) and device.type == "cpu":
         return torch.from_numpy(images)
     if images.nbytes > RESIDENT_SHARE * _free_memory(device):
-        return StreamedImages(Host(images, device), np.arange(len(images)))
+        whole_name = torch.empty(0, device=device).device  # `cuda` is called `cuda:0` by all that is there
+        return StreamedImages(Host(images, whole_name), np.arange(len(images)))
     if isinstance(images, np.ndarray):
         return torch.from_numpy(images).to(device)
     whole, filled = torch.empty(images.shape, dtype=torch.uint8, device=device), 0

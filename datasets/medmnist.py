@@ -8,13 +8,14 @@ import os
 import runpy
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from ..errors import Unavailable, UserError
+from ..identity import added_later
 from .api import SPLITS, Data, Split, default_data_root, register_dataset
 from .layout import image_array, label_array, read_arrays
 
@@ -34,6 +35,38 @@ NOTES = {
     ],
 }
 SIZES = (28, 64, 128, 224)
+LABELS = ("fine", "coarse")
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """Two superclasses of a multi-class set: their names, and which fine labels the positive one holds."""
+
+    negative: str
+    positive: str
+    of_positive: tuple[int, ...]
+
+
+_ORGANS = Coarse("thorax or pelvis", "upper abdomen", (4, 5, 6, 9, 10))
+COARSE = {
+    # Tumour epithelium and the stroma it induces, against tissue that is found without a tumour, too (Kather et al.,
+    # PLoS Medicine 2019).
+    "pathmnist": Coarse("other tissue", "tumour-associated", (7, 8)),
+    # Actinic keratosis and intraepithelial carcinoma, basal cell carcinoma and melanoma are treated, the others need
+    # not be (Tschandl et al., Scientific Data 2018).
+    "dermamnist": Coarse("benign", "malignant or premalignant", (0, 1, 4)),
+    # Neovascularisation and macular oedema are referred urgently, drusen are not (Kermany et al., Cell 2018).
+    "octmnist": Coarse("no urgent referral", "urgent referral", (0, 1)),
+    # Granulocytes, mature or not, against the other cells of peripheral blood (Acevedo et al., Data in Brief 2020).
+    "bloodmnist": Coarse("other blood cell", "granulocyte", (0, 1, 3, 6)),
+    # Epithelium of the tubules, against glomerulus, vessels and leukocytes (Woloshuk et al., Cytometry A 2021).
+    "tissuemnist": Coarse("no tubule", "tubular epithelium", (0, 1, 6, 7)),
+    # Kidneys, liver, pancreas, spleen, against bladder, femora, heart, lungs: by region of the body (Bilic et al.,
+    # Medical Image Analysis 2023).
+    "organamnist": _ORGANS,
+    "organcmnist": _ORGANS,
+    "organsmnist": _ORGANS,
+}
 
 
 @register_dataset(
@@ -52,9 +85,14 @@ SIZES = (28, 64, 128, 224)
 )
 @dataclass
 class MedMNIST:
-    """MedMNIST v2: real images of one of its twelve 2D sets, at 28, 64, 128 or 224 pixels."""
+    """MedMNIST v2: real images of one of its twelve 2D sets, at 28, 64, 128 or 224 pixels.
+
+    labels: fine, as published, or coarse: the classes of a multi-class set merged into two (see `COARSE`), a binary
+    task whose fine labels stay hidden in `latents["fine"]`.
+    """
 
     size: int = 28
+    labels: str = added_later("fine")
 
     name = ""
     version: ClassVar[int] = 1
@@ -63,15 +101,23 @@ class MedMNIST:
         """Read the official npz from `data_root`, or from its `medmnist` folder.
 
         Without a `data_root` the default one and ~/.medmnist are searched, and a file that is in neither is downloaded
-        into ~/.medmnist. Raises UserError when there is no such file or it is malformed.
+        into ~/.medmnist. Raises UserError when there is no such file or it is malformed, and for coarse labels of a set
+        that is not multi-class.
         """
+        if self.labels not in LABELS:
+            raise UserError(f"dataset.labels={self.labels}: {' or '.join(LABELS)}")
+        if self.labels == "coarse" and self.name not in COARSE:
+            raise UserError(
+                f"dataset.labels=coarse: {self.name} has no coarse labels, only {', '.join(COARSE)} have: "
+                "leave dataset.labels=fine"
+            )
         if self.size not in SIZES:
             raise UserError(f"dataset.size={self.size}: MedMNIST comes in {', '.join(map(str, SIZES))} pixels")
         info = published()[self.name]
         file = self._file(data_root, info)
         arrays = read_arrays(file)
         names = [info["label"][str(c)] for c in range(len(info["label"]))]
-        return Data(
+        data = Data(
             name=self.name,
             task=TASK_OF[info["task"]],
             classes=names,
@@ -82,6 +128,7 @@ class MedMNIST:
             notes=NOTES.get(self.name, []) + _differences(file, self._suffixed(info, "MD5"), arrays, info),
             location=str(file),
         )
+        return _coarsened(data, COARSE[self.name]) if self.labels == "coarse" else data
 
     def _suffixed(self, info: dict[str, Any], key: str) -> str:
         return info[key if self.size == 28 else f"{key}_{self.size}"]
@@ -155,6 +202,24 @@ def _copy(remote: Any, local: BinaryIO, name: str) -> str:
 def _split(arrays: dict[str, np.ndarray], split: str, file: Path) -> Split:
     images = image_array(arrays, split, file)
     return Split(images, label_array(arrays, split, len(images), file), np.arange(len(images)))
+
+
+def _coarsened(data: Data, coarse: Coarse) -> Data:
+    """Return the binary task of two superclasses, with the fine labels as a latent."""
+    splits = {}
+    for name, split in data.splits.items():
+        labels = np.isin(split.labels, coarse.of_positive).astype(np.int64)
+        splits[name] = replace(split, labels=labels, latents={**split.latents, "fine": split.labels})
+    held = ", ".join(data.classes[c] for c in coarse.of_positive)
+    note = f"coarse labels: {coarse.positive} (positive, 1) is {held}; {coarse.negative} (0) the other classes"
+    return replace(
+        data,
+        task="binary",
+        classes=[coarse.negative, coarse.positive],
+        splits=splits,
+        positive=1,
+        notes=[*data.notes, note],
+    )
 
 
 def _differences(file: Path, md5: str, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from ..identity import digest
 from ..metrics import cost_curves, uncertainty
 from ..metrics.abstention import abstention
 from ..metrics.api import METRICS, Predictions, Settings, Undefined
-from ..metrics.context import Context, contexts, sigmoid, softmax
+from ..metrics.context import MIN_PATIENTS, Context, contexts, sigmoid, softmax
 from ..metrics.decisions import fewest_votes
 from ..metrics.fidelity import QUANTITIES, Fidelity, ceiling, fidelity, over_labels
 from ..metrics.intervals import PatientBootstrap
@@ -29,6 +29,9 @@ from ..metrics.membership import Membership, membership
 from ..metrics.selection import Selection, select, settle, verdict
 from ..metrics.variance import decompose
 from .cells import Record, Table
+from .comparators import rivals
+from .group_science import attach, group_inputs, of_groups
+from .groups import load_groups
 from .predictions import load_predictions
 from .render import REFERENCE
 
@@ -43,12 +46,16 @@ DIGITS = 6
 
 @dataclass
 class Evidence:
-    """What one cell of a suite says: its record, and its predictions on val and test, made into contexts on demand."""
+    """What one cell of a suite says: its record, and its predictions on val and test, made into contexts on demand.
+
+    min_patients: that a group needs to count, as the suite declares.
+    """
 
     record: Record
     val: Predictions
     test: Predictions
     settings: Settings
+    min_patients: int = MIN_PATIENTS
 
     @cached_property
     def membership(self) -> Membership:
@@ -65,7 +72,7 @@ class Evidence:
         predictions: Predictions = getattr(self, view)
         s = self.settings
         bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, s.draws, s.seed)
-        return list(contexts(predictions, members, bootstrap, s.seed))
+        return list(contexts(predictions, members, bootstrap, s.seed, self.min_patients))
 
     @cached_property
     def on_val(self) -> list[Context]:
@@ -90,7 +97,8 @@ def evidence(table: Table, folder: Path) -> Cells:
                 continue
             path = folder / "predictions" / table.suite.name / file
             val, test = load_predictions(path, record["data"]["task"], record["data"]["positive"])
-            cells.setdefault(row.label, {})[seed] = Evidence(record, val, test, table.suite.settings)
+            own = Evidence(record, val, test, table.suite.settings, table.suite.min_patients)
+            cells.setdefault(row.label, {})[seed] = own
     return cells
 
 
@@ -100,7 +108,14 @@ def inputs(table: Table) -> str:
     used = {r["name"]: [r["digests"]["cost"], r["predictions"]["digest"]] for r in table.records}
     declared = [[row.label for row in suite.rows], list(suite.base_seeds), suite.k, suite.epsilon, suite.margin]
     versions = {name: f.info.version for name, f in METRICS.load_all() if f.info.level == "criterion"}
-    return digest({"records": used, "suite": [*declared, suite.draws, suite.seed], "science": [VERSION, versions]})
+    told: dict[str, Any] = {
+        "records": used,
+        "suite": [*declared, suite.draws, suite.seed],
+        "science": [VERSION, versions],
+    }
+    if suite.min_patients != MIN_PATIENTS:  # what was computed before a suite could declare it stays valid
+        told["min_patients"] = suite.min_patients
+    return digest(told)
 
 
 def compute(table: Table, folder: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -109,12 +124,19 @@ def compute(table: Table, folder: Path, progress: Callable[[str], None] = lambda
     progress: told of each part before it is computed.
     """
     suite = table.suite
-    apart = {REFERENCE, *(row.label for row in suite.rows if row.control)}
+    apart = {REFERENCE, *(row.label for row in suite.rows if row.control), *rivals([row.label for row in suite.rows])}
+    groups = load_groups(folder, suite)
     about = {"suite": suite.name, "inputs": inputs(table), "k": suite.k, "margin": suite.margin}
-    told = parts(
-        evidence(table, folder), suite.k, suite.epsilon, suite.margin, apart, lambda t: progress(f"{suite.name}: {t}")
-    )
-    return plain_values(about | told)
+    about["groups"] = group_inputs(suite, groups)
+    cells = evidence(table, folder)
+    if groups:
+        attach(cells, groups)
+
+    def say(text: str) -> None:
+        progress(f"{suite.name}: {text}")
+
+    told = parts(cells, suite.k, suite.epsilon, suite.margin, apart, say)
+    return plain_values(about | told | of_groups(cells, suite, groups, say))
 
 
 def parts(

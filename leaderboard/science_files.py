@@ -1,7 +1,8 @@
-"""The files of a board's science: science/<suite>.json, SCIENCE.md and figures/, written by `leaderboard build`.
+"""The files of a board's science: science/<suite>.json, its pages and figures/, written by `leaderboard build`.
 
-The page is checked to the byte against the JSON, and the JSON by a digest of the records, predictions and declarations
-that it was computed from. Figures are pictures of the same JSON; their bytes depend on the version of matplotlib.
+The pages are checked to the byte against the JSON, and the JSON by a digest of the records, predictions and
+declarations that it was computed from, and one of groups/<suite>.json (`make groups`). Figures are pictures of the same
+JSON; their bytes depend on the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 from ..errors import UserError
 from .cells import Table
 from .exact_page import tables as tables_of_exact
+from .group_science import group_inputs, render_groups
+from .groups import FILES as GROUPS
+from .groups import groups_problem, load_groups
 from .science import compute, inputs, to_text
 from .science_page import Science, render_science
+from .suite import Suite
 
-FILES, PAGE, FIGURES, EXACT = "science", "SCIENCE.md", "figures", "exact.json"
-"""Of exact.json, too, the page shows the tables; `make exact` computes it, for it needs images and networks."""
+FILES, PAGE, GROUPS_PAGE, FIGURES, EXACT = "science", "SCIENCE.md", "FAIRNESS.md", "figures", "exact.json"
+"""Of exact.json, too, SCIENCE.md shows the tables; `make exact` computes it, for it needs images and networks."""
 
 
 def build_science(
@@ -34,7 +39,8 @@ def build_science(
         text = to_text(compute(table, folder, say))
         write(folder / FILES / f"{name}.json", text)
         found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
-    write(folder / PAGE, render_science(found, _exact(folder)))
+    for name, text in _pages(folder, found).items():
+        write(folder / name, text)
     if importlib.util.find_spec("matplotlib") is None:
         say(f"{folder / FIGURES}: left as they are, for matplotlib is not installed")
         return
@@ -58,12 +64,20 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
             broken = True
             yield str(error)
             continue
-        if science.get("inputs") != inputs(table):
+        try:
+            groups = load_groups(folder, table.suite)
+        except UserError as error:
             broken = True
-            yield f"{path}: was computed from other records, predictions or criteria: run `leaderboard build`"
+            yield str(error)
+            continue
+        if wrong := groups_problem(table.suite, groups, table.records[0]["identity"]["dataset"]["digest"]):
+            yield f"{folder / GROUPS / path.name}: {wrong}: run `make groups`"
+        if science.get("inputs") != inputs(table) or science.get("groups") != group_inputs(table.suite, groups):
+            broken = True
+            yield f"{path}: was computed from other records, predictions, groups or criteria: run `leaderboard build`"
         found.append((table.suite, science))
-    if (folder / FILES).is_dir():
-        for path in sorted((folder / FILES).iterdir()):
+    for kind in (FILES, GROUPS):
+        for path in sorted((folder / kind).iterdir()) if (folder / kind).is_dir() else ():
             if path.name not in names:
                 yield f"{path}: belongs to no board suite that commits predictions: remove it"
     if (folder / EXACT).is_file():
@@ -73,13 +87,18 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
             yield f"{folder / EXACT}: was computed from other records, predictions or criteria: run `make exact`"
     if broken or not names:
         return
-    text = render_science(found, _exact(folder))
-    page = folder / PAGE
-    if not page.is_file() or page.read_text(encoding="utf-8") != text:
-        yield f"{page}: is not what {FILES}/ says: run `leaderboard build`"
-    for name in re.findall(rf"\]\({FIGURES}/([^)]+)\)", text):
-        if not (folder / FIGURES / name).is_file():
-            yield f"{folder / FIGURES / name}: is missing: run `leaderboard build` with matplotlib installed"
+    for name, text in _pages(folder, found).items():
+        page = folder / name
+        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+            yield f"{page}: is not what {FILES}/ says: run `leaderboard build`"
+        for figure in re.findall(rf"\]\({FIGURES}/([^)]+)\)", text):
+            if not (folder / FIGURES / figure).is_file():
+                yield f"{folder / FIGURES / figure}: is missing: run `leaderboard build` with matplotlib installed"
+
+
+def _pages(folder: Path, found: list[tuple[Suite, Science]]) -> dict[str, str]:
+    """Return the text of every page by its file's name."""
+    return {PAGE: render_science(found, _exact(folder)), GROUPS_PAGE: render_groups(found)}
 
 
 def _told(tables: Iterable[Table]) -> list[Table]:

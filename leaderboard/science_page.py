@@ -88,8 +88,8 @@ and contradict each other.
 
 
 GAP = """\
-*gap by*: cases referred of 100, of the group that is referred most less that of the least (groups of 25 patients and
-more).
+*gap by*: cases referred of 100, of the group that is referred most less that of the least (groups of {least} patients
+and more).
 """
 
 
@@ -380,7 +380,7 @@ def _abstention(suite: Suite, science: Science) -> list[str]:
         cells += [cell(suite, summary(_gap(row["groups"], a), "number"), "number") for a in attributes]
         lines.append([text, *cells])
     text = ABSTENTION.format(members=section["members"], votes=section["votes"])
-    named = GAP if attributes else ""
+    named = GAP.format(least=suite.min_patients) if attributes else ""
     return ["### When to abstain\n", markdown(lines), paragraph(text, named, *_reasons(section["reasons"]))]
 
 

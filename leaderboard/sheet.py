@@ -18,8 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..metrics.abstention import Abstention, abstention, group_scores
 from ..metrics.api import Predictions, Undefined
-from ..metrics.context import Context, class_scores, contexts
-from ..metrics.criteria import MIN_PATIENTS
+from ..metrics.context import MIN_PATIENTS, Context, class_scores, contexts
 from ..metrics.decisions import ambiguous, conflict_interval, fewest_votes, selective_ensemble, votes
 from ..metrics.intervals import CaseMean, PatientBootstrap
 from ..metrics.performance import errors

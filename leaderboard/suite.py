@@ -22,6 +22,7 @@ rows are required:
     device: str             cpu | cuda (cpu); one table is one type of device
     predictions: bool       whether predictions are committed beside the records (false)
     intersections: [str]    groups that the fairness page forms from attributes of the data, as in ["sex*view"] ([])
+    min_patients: int       patients that a group needs to count (25)
     strata: [str]           hidden strata that are looked for: clusters | slices | disagreement ([])
     truths: [str]           truths of a synthetic set that strata are held against, as in [drain] ([])
     board: bool             whether the suite is part of the committed leaderboard, which then needs 5 base seeds and
@@ -50,6 +51,7 @@ import yaml
 from ..errors import UserError, suggest
 from ..identity import row_label
 from ..metrics.api import LOSSES, Settings
+from ..metrics.context import MIN_PATIENTS
 
 SUITES = Path(__file__).parent / "suites"
 CONTROLS = ("identical", "logit_noise", "temperature")
@@ -116,6 +118,7 @@ class Suite:
     device: str = "cpu"
     predictions: bool = False
     intersections: tuple[str, ...] = ()
+    min_patients: int = MIN_PATIENTS
     strata: tuple[str, ...] = ()
     truths: tuple[str, ...] = ()
     board: bool = False
@@ -254,9 +257,7 @@ def _check(path: Path, content: dict[Any, Any]) -> Suite:
                     f"{path}: single_base: there are {len(values['base_seeds'])} base_seeds: remove the key"
                 )
         elif len(values["base_seeds"]) < ENOUGH:
-            raise UserError(
-                f"{path}: base_seeds: a board needs at least {ENOUGH}: add some, or set board: false"
-            )
+            raise UserError(f"{path}: base_seeds: a board needs at least {ENOUGH}: add some, or set board: false")
         if absent := [c for c in CONTROLS if c not in [row.generator for row in values["rows"]]]:
             raise UserError(f"{path}: rows: a board shows every control, {', '.join(absent)} is absent: add it")
     return Suite(name=path.stem, **values)
@@ -382,6 +383,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "device": partial(_choice, known=DEVICES),
     "predictions": _flag,
     "intersections": partial(_distinct, check=_product),
+    "min_patients": partial(_integer, least=5),
     "strata": partial(_distinct, check=partial(_choice, known=STRATA)),
     "truths": partial(_distinct, check=_name),
     "board": _flag,

@@ -17,8 +17,7 @@ from scipy.special import gammaln
 from ..identity import derive_seed
 from .api import Score, Undefined
 from .capacity import subsets
-from .context import Context
-from .criteria import MIN_PATIENTS
+from .context import MIN_PATIENTS, Context
 from .decisions import fewest_votes, selective_ensemble, votes
 from .intervals import CaseMean, Estimate, PatientBootstrap, average
 
@@ -27,8 +26,8 @@ from .intervals import CaseMean, Estimate, PatientBootstrap, average
 class Groups:
     """The groups of patients that attributes define, by name ("sex=1": attribute and code).
 
-    masks: bool [sample]; patients: of each group; small: patients of each group under `MIN_PATIENTS`, which is left
-    out; unknown: cases left out of an attribute's groups because their code is -1.
+    masks: bool [sample]; patients: of each group; small: patients of each group under `Context.min_patients`, which is
+    left out; unknown: cases left out of an attribute's groups because their code is -1.
     """
 
     masks: Mapping[str, np.ndarray]
@@ -65,7 +64,7 @@ def abstention(problems: Iterable[Context], members: int = 10, alpha: float = 0.
         raise ValueError("no problem to score")
     cases = [answer_cases(context, members, alpha) for context in problems]
     who = groups(problems[0])
-    scores = group_scores(problems[0].bootstrap, cases, who.masks)
+    scores = group_scores(problems[0].bootstrap, cases, who.masks, problems[0].min_patients)
     return Abstention(members, alpha, scores[""], {name: scores[name] for name in who.masks}, who)
 
 
@@ -98,7 +97,7 @@ def answer_cases(context: Context, members: int = 10, alpha: float = 0.05) -> di
 
 
 def groups(context: Context) -> Groups:
-    """Return the groups that the attributes of `context` define; those under 25 patients, and code -1, are left out."""
+    """Return the groups that the attributes of `context` define; those too small, and code -1, are left out."""
     masks: dict[str, np.ndarray] = {}
     patients: dict[str, int] = {}
     small: dict[str, int] = {}
@@ -107,7 +106,7 @@ def groups(context: Context) -> Groups:
         for code in np.unique(codes[codes >= 0]):
             name, mask = f"{attribute}={code}", codes == code
             count = int((context.bootstrap.by_patient(mask.astype(np.int64)) > 0).sum())
-            if count < MIN_PATIENTS:
+            if count < context.min_patients:
                 small[name] = count
             else:
                 masks[name], patients[name] = mask, count
@@ -120,11 +119,12 @@ def group_scores(
     bootstrap: PatientBootstrap,
     problems: Sequence[Mapping[str, CaseMean | Undefined]],
     masks: Mapping[str, np.ndarray],
+    min_patients: int = MIN_PATIENTS,
 ) -> dict[str, dict[str, Score]]:
     """Return the mean of every kind of cases, averaged over problems: group -> name -> Score, "" for all cases.
 
     problems: name -> cases; masks: group -> bool [sample]. NaN with its reason for what is undefined, and in a group
-    where under 25 patients have weight.
+    where under `min_patients` patients have weight.
     """
     found: dict[tuple[str, str], list[Estimate | Undefined]] = defaultdict(list)
     for cases in problems:
@@ -136,8 +136,8 @@ def group_scores(
         means = iter(bootstrap.means([case for case in asked.values() if isinstance(case, CaseMean)]))
         for (group, name), case in asked.items():
             mean = next(means) if isinstance(case, CaseMean) else case
-            if group and isinstance(mean, Estimate) and mean.n < MIN_PATIENTS:
-                mean = Undefined(f"{mean.n} of {MIN_PATIENTS} patients")
+            if group and isinstance(mean, Estimate) and mean.n < min_patients:
+                mean = Undefined(f"{mean.n} of {min_patients} patients")
             found[group, name].append(mean)
     scores: dict[str, dict[str, Score]] = {group: {} for group in ("", *masks)}
     for (group, name), estimates in found.items():

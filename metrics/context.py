@@ -14,6 +14,9 @@ import numpy as np
 from .api import NonFinite, Predictions
 from .intervals import PatientBootstrap
 
+MIN_PATIENTS = 25
+"""Patients that a group needs in the denominator of its rate to count, unless another number is declared."""
+
 _BLOCK = 1 << 21  # numbers that are worked on at once
 
 
@@ -23,7 +26,7 @@ class Context:
 
     probabilities: float64 [member, sample, class] of the K accepted members; base: float64 [sample, class];
     labels: int64 [sample], -1 = missing; positive: the positive class of a two-class problem; attributes: codes
-    [sample], -1 unknown; seed: for the k-subsets.
+    [sample], -1 unknown; seed: for the k-subsets; min_patients: that a group needs in the denominator of its rate.
     """
 
     probabilities: np.ndarray
@@ -33,6 +36,7 @@ class Context:
     positive: int = 1
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
+    min_patients: int = MIN_PATIENTS
     _made: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -100,17 +104,22 @@ class Context:
 
 
 def contexts(
-    predictions: Predictions, members: np.ndarray, bootstrap: PatientBootstrap, seed: int
+    predictions: Predictions,
+    members: np.ndarray,
+    bootstrap: PatientBootstrap,
+    seed: int,
+    min_patients: int = MIN_PATIENTS,
 ) -> Iterator[Context]:
     """Yield the problem of `predictions` for the chosen members; one two-class problem per label if multi-label."""
     p = predictions
     if p.task != "multilabel":
         positive = 1 if p.positive is None else p.positive
-        yield Context(softmax(p.logits, members), softmax(p.base), p.labels, bootstrap, positive, p.attributes, seed)
+        chosen, base = softmax(p.logits, members), softmax(p.base)
+        yield Context(chosen, base, p.labels, bootstrap, positive, p.attributes, seed, min_patients)
         return
     for label in range(p.base.shape[-1]):
-        chosen = sigmoid(p.logits[..., label], members)
-        yield Context(chosen, sigmoid(p.base[..., label]), p.labels[:, label], bootstrap, 1, p.attributes, seed)
+        chosen, base = sigmoid(p.logits[..., label], members), sigmoid(p.base[..., label])
+        yield Context(chosen, base, p.labels[:, label], bootstrap, 1, p.attributes, seed, min_patients)
 
 
 def softmax(logits: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:

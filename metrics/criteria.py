@@ -10,9 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from .api import PerMember, Undefined, register_metric
-from .context import Context
+from .context import MIN_PATIENTS, Context
 from .group_rates import (
-    MIN_PATIENTS,
     GroupRates,
     accuracies,
     by_suffix,
@@ -24,7 +23,7 @@ from .group_rates import (
 )
 from .performance import ECE_BINS, calibration_errors, odds_ranking
 
-_GROUPS = f"an attribute with two groups of {MIN_PATIENTS} patients"
+_GROUPS = f"an attribute with two groups of {MIN_PATIENTS} patients (default)"
 
 
 @register_metric(
@@ -59,7 +58,7 @@ def _accuracy_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerM
     level="criterion",
     unit="share of positive samples",
     citation="Hardt, Price, Srebro (NeurIPS 2016), equal opportunity",
-    needs=f"two classes; an attribute with two groups of {MIN_PATIENTS} positive patients",
+    needs=f"two classes; an attribute with two groups of {MIN_PATIENTS} positive patients (default)",
 )
 def _tpr_gap(context: Context, probabilities: np.ndarray) -> dict[str, PerMember | Undefined]:
     """Largest minus smallest true positive rate of the groups (equal opportunity), per attribute."""

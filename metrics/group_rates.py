@@ -1,7 +1,7 @@
 """Rates by group of patients: of every model, on the sample and on every bootstrap draw.
 
-Arrays: codes int [sample], -1 = unknown, which is no group. A group counts with 25 patients in every denominator of
-its rate; two must count.
+Arrays: codes int [sample], -1 = unknown, which is no group. A group counts with `Context.min_patients` patients in
+every denominator of its rate; two must count.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import numpy as np
 
 from .api import PerMember, Undefined
 from .context import Context, class_scores, decide
-
-MIN_PATIENTS = 25
-"""Patients that a group needs in the denominator of its rate to count."""
 
 _BLOCK = 1 << 19  # numbers that are worked on at once
 
@@ -101,7 +98,7 @@ def positive_rates(context: Context, probabilities: np.ndarray) -> ByAttribute:
 def calibration_in_the_large(context: Context, probabilities: np.ndarray) -> ByAttribute:
     """Return the mean positive score less the prevalence, above 0 where a group's risk is overstated, by attribute.
 
-    Unlike the expected calibration error it is a mean, which 25 patients can estimate without bias. Raises Undefined
+    Unlike the expected calibration error it is a mean, which few patients can estimate without bias. Raises Undefined
     unless there are two classes. Source: Steyerberg et al. (Epidemiology 2010), calibration in the large.
     """
     positive = np.full(len(context.labels), need_two_classes(context).positive)
@@ -119,8 +116,8 @@ def rates_by_group(
     """Return a rate in every group that counts, by attribute; Undefined where fewer than two count.
 
     kind: its name, under which the context keeps the rates of its own members; needed: words -> cases, bool [sample],
-    of which a group needs 25 patients; of_group: the rate in a group, bool [sample]. Raises Undefined without
-    attributes.
+    of which a group needs `min_patients` patients; of_group: the rate in a group, bool [sample]. Raises Undefined
+    without attributes.
     """
     if not context.attributes:
         raise Undefined("no attribute of the patients is known")
@@ -129,7 +126,7 @@ def rates_by_group(
         found = [int(g) for g in np.unique(codes[codes >= 0])]
         groups = [g for g in found if _counts(context, codes == g, needed.values())]
         if len(groups) < 2:
-            few = " and ".join(f"{MIN_PATIENTS} {who}" for who in needed)
+            few = " and ".join(f"{context.min_patients} {who}" for who in needed)
             out[name] = Undefined(f"{len(groups)} of {len(found)} groups of '{name}' have {few}, two are needed")
             continue
         make = partial(_stacked, of_group, codes, groups)
@@ -187,4 +184,4 @@ def _shares(
 
 def _counts(context: Context, group: np.ndarray, needed: Iterable[np.ndarray]) -> bool:
     index = context.bootstrap.index
-    return all(len(np.unique(index[group & cases])) >= MIN_PATIENTS for cases in needed)
+    return all(len(np.unique(index[group & cases])) >= context.min_patients for cases in needed)

@@ -21,6 +21,7 @@ from multiplicity_bench.datasets.films import Films, Rendering
 from multiplicity_bench.datasets.stored import StoredImages
 from multiplicity_bench.generators.api import GENERATORS, Memory, Part
 from multiplicity_bench.generators.jacobian import root_rows
+from multiplicity_bench.generators.surface import NetworkSurface
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -212,7 +213,8 @@ def resident_problem():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_generator_gives_the_same_set_and_predictions(case, resident_problem):
+def test_a_generator_gives_the_same_set_and_predictions(case, resident_problem, monkeypatch):
+    monkeypatch.setattr(NetworkSurface, "_faster", lambda *_: "loop")  # timing would choose, and rounding differ
     problem = resident_problem
     name, settings = CASES[case]
     moved = problem_of(
@@ -234,6 +236,19 @@ def test_the_exact_curvature_of_streamed_images_reads_a_chunk_at_a_time(resident
     rows = torch.cat(list(root_rows(problem, names, problem.train)))
     assert torch.equal(rows, torch.cat(list(root_rows(problem, names, resident_problem.train))))
     assert max(fetched) <= 64 < len(problem.train)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_on_cuda_images_are_moved_when_they_are_used_and_give_what_resident_ones_give(images):
+    resident, found = images.cuda(), on_device(images.numpy(), torch.device("cuda"))
+    assert isinstance(found, StreamedImages) and found.is_cuda and found.device == resident.device
+    rows = torch.randperm(90)
+    for index in (rows, rows.cuda(), 4, rows.cuda() > 30):
+        assert torch.equal(found[index], resident[index]) and found[index].device == resident.device
+    for moved, expected in zip(found.split(40), resident.split(40), strict=True):
+        assert torch.equal(moved.float(), expected.float())
+    assert np.array_equal(found.detach().cpu().numpy(), images.numpy())
 
 
 @dataclass

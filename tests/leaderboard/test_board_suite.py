@@ -7,6 +7,7 @@ from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard.cells import settle
 from multiplicity_bench.leaderboard.cli import main
 from multiplicity_bench.leaderboard.record import write
+from multiplicity_bench.leaderboard.science import inputs
 from multiplicity_bench.leaderboard.suite import board_suites, load_suite, suite_names, suite_of
 
 
@@ -58,6 +59,8 @@ def test_settings_for_scoring_are_those_of_the_file(suite_path):
         ("members: 20", "epsilon: .nan", ["epsilon", "at least 0"]),
         ("members: 20", "epsilons: []", ["epsilons", "at least one entry"]),
         ("members: 20", "loss: nlll", ["loss", "'nlll'", "'nll'"]),
+        ("members: 20", "min_patients: 4", ["min_patients", "at least 5", "4"]),
+        ("members: 20", "min_patients: 20.0", ["min_patients", "whole number", "20.0"]),
         ("members: 20", "device: gpu", ["device", "'gpu'", "cpu"]),
         ("predictions: true", "predictions: 1", ["predictions", "true or false"]),
         ("[0, 1, 2, 3, 4]", "[0, 1, 2, 2, 4]", ["base_seeds", "twice"]),
@@ -86,6 +89,18 @@ def test_a_mistake_is_one_line_that_names_file_and_key(suite_path, old, new, par
     assert "\n" not in message
     assert message.startswith(str(suite_path))
     assert all(part in message for part in parts), message
+
+
+def test_a_declared_number_of_patients_is_part_of_what_the_science_depends_on_where_it_is_not_25(
+    suite_path, make_records
+):
+    digests = []
+    for declared in ("", "min_patients: 25\n", "min_patients: 20\n", "min_patients: 30\n"):
+        suite_path.write_text(suite_path.read_text().split("min_patients")[0] + declared)
+        suite = load_suite(suite_path)
+        assert suite.min_patients == int(declared.split()[-1] if declared else 25)
+        digests.append(inputs(settle(suite, make_records(suite))))
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_an_unknown_suite_suggests_close_names_and_an_absent_file_is_named(tmp_path):

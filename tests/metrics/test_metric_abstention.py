@@ -210,6 +210,20 @@ def test_a_group_without_enough_labelled_patients_has_no_accuracy(grouped):
     assert np.isfinite(found["sex=1"]["coverage"].value)
 
 
+def test_the_declared_number_of_patients_decides_which_groups_are_shown(grouped):
+    for least, shown in ((5, {"sex=0", "sex=1", "sex=2"}), (6, {"sex=0", "sex=1"}), (26, {"sex=0"})):
+        found = abstention([replace(grouped, min_patients=least)])
+        assert found.groups.keys() == found.who.patients.keys() == shown
+        assert found.who.patients.keys() | found.who.small.keys() == {"sex=0", "sex=1", "sex=2"}
+    labels = np.where((np.arange(150) >= 80) & (np.arange(150) < 84), -1, 1)  # of two of the 25 patients of sex 1
+    few, enough = (
+        abstention([replace(grouped, labels=labels, min_patients=least)]).groups["sex=1"]["accuracy"]
+        for least in (24, 23)
+    )
+    assert few.reason == "23 of 24 patients" and np.isnan(few.value)
+    assert enough.n == 23 and np.isfinite(enough.value)
+
+
 def test_intervals_resample_patients(grouped):
     scores = abstention([grouped]).scores
     cases = answer_cases(grouped)

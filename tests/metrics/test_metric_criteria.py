@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.metrics.api import METRICS, MetricInfo, PerMember, Settings, Undefined
-from multiplicity_bench.metrics.context import softmax
+from multiplicity_bench.metrics.context import contexts, softmax
 from multiplicity_bench.metrics.criteria import auroc_influence
 from multiplicity_bench.metrics.evaluation import catalogue, evaluate
+from multiplicity_bench.metrics.intervals import PatientBootstrap
 from multiplicity_bench.metrics.performance import aurocs
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
@@ -99,6 +100,39 @@ def test_samples_do_not_stand_for_patients(make_problem):
     result = found("worst_group_accuracy#site", context)
     assert isinstance(result, Undefined)
     assert str(result) == "1 of 2 groups of 'site' have 25 patients, two are needed"
+
+
+def test_a_declared_number_of_patients_lets_smaller_groups_count(make_context):
+    """53 patients with two images each: 22 women, 31 men, labels in turn, so that every patient has both."""
+    patient, labels = np.repeat(np.arange(53), 2), np.tile([0, 1], 53)
+    sex = np.repeat([0, 1], [44, 62])
+    p = softmax(np.random.default_rng(0).normal(size=(3, 106, 2)))
+    names = {"worst_group_accuracy#sex": "patients", "accuracy_gap#sex": "patients", "tpr_gap#sex": "positive patients"}
+
+    def values(**more):
+        context = make_context(p, None, labels, patient, attributes={"sex": sex}, **more)
+        return {name: METRICS.get(name.split("#")[0])(context, p)["#sex"] for name in names}
+
+    for who, more in ((25, {}), (23, {"min_patients": 23})):
+        for name, found in values(**more).items():
+            assert str(found) == f"1 of 2 groups of 'sex' have {who} {names[name]}, two are needed"
+    right = p.argmax(axis=-1) == labels
+    of_all, of_positives = (
+        np.stack([right[:, c & (sex == g)].mean(axis=1) for g in (0, 1)]) for c in (True, labels == 1)
+    )
+    for least in (20, 22):
+        found = values(min_patients=least)
+        assert all(result.groups == (0, 1) for result in found.values())
+        np.testing.assert_allclose(found["worst_group_accuracy#sex"].values, of_all.min(axis=0), atol=1e-12)
+        np.testing.assert_allclose(found["accuracy_gap#sex"].values, np.ptp(of_all, axis=0), atol=1e-12)
+        np.testing.assert_allclose(found["tpr_gap#sex"].values, np.ptp(of_positives, axis=0), atol=1e-12)
+
+
+def test_contexts_of_predictions_hold_the_declared_number(make_predictions):
+    for predictions in (make_predictions(), make_predictions(classes=3, task="multilabel")):
+        bootstrap = PatientBootstrap(120, None, 0, 0)
+        assert {c.min_patients for c in contexts(predictions, np.arange(2), bootstrap, 0)} == {25}
+        assert {c.min_patients for c in contexts(predictions, np.arange(2), bootstrap, 0, 20)} == {20}
 
 
 def test_what_has_no_value_says_why(make_problem):

@@ -1,0 +1,154 @@
+"""Hidden strata of a dataset: found on train by frozen reference networks, assigned to every part, shared by all.
+
+References are trained by the run's recipe (by plain risk minimisation, whatever the run's objective) from seeds of
+their own, so that none is a network whose errors the strata are to explain. Kinds: `clusters` in the penultimate
+features of the first reference; `slices` of its errors; slices of the `disagreement` of all references. Samples of the
+other parts are assigned by features and label alone: what a network decides on them has no say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..generators.api import Trained
+from ..identity import derive_seed, digest
+from ..leaderboard.suite import STRATA
+from ..metrics.context import decide, softmax
+from ..metrics.decisions import disagreement, votes
+from ..metrics.slices import fit_disagreement_slices, fit_slices
+from ..metrics.strata import Strata, fit_clusters
+from .networks import Network
+from .objectives import case_losses
+
+if TYPE_CHECKING:
+    from .stages import Run
+
+VERSION = 1
+REFERENCE_SEEDS = (101, 102, 103, 104, 105)
+"""Base seeds of the references: none that a board uses. The first is the one whose features are clustered."""
+SLICES = 8
+PARTS = ("train", "tune", "val", "test")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Strata of one kind: codes int64 [sample] by part of the data, -1 for none; names of the codes; what was found."""
+
+    codes: dict[str, np.ndarray]
+    names: list[str]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A part of the data as a network sees it: features float32 [sample, feature], logits float32 [sample, class]."""
+
+    features: np.ndarray
+    logits: np.ndarray
+
+
+def embed(network: Network, trained: Trained, images: Any, batch_size: int = 256) -> Embedded:
+    """Return the input of the network's last linear layer, and its logits, for uint8 images.
+
+    Raises UserError for a network whose only linear layer sees the pixels themselves.
+    """
+    if network.spec["name"] == "logistic":
+        raise UserError("network=logistic has no penultimate features to find strata in: choose another network")
+    module = network.module(trained.params, trained.buffers)
+    last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+    try:
+        with torch.no_grad():
+            logits = torch.cat([module(batch).cpu() for batch in images.split(batch_size)])
+    finally:
+        handle.remove()
+    return Embedded(torch.cat(seen).numpy(), logits.numpy())
+
+
+def reference(run: Run, seed: int = REFERENCE_SEEDS[0]) -> Run:
+    """Return the run whose base is a reference: same data, network and recipe, objective=erm."""
+    options = replace(run.spec.options, base_seed=seed)
+    training = replace(run.spec.training, objective="erm", groups="")
+    return type(run)(replace(run.spec, options=options, training=training), run.session)
+
+
+def find(run: Run, kind: str) -> Found:
+    """Return the strata of one kind for the run's dataset, network and recipe, found if they are not in the store.
+
+    Raises UserError for an unknown kind, a multi-label task, or a network without features.
+    """
+    if kind not in STRATA:
+        raise UserError(f"there are no strata of kind {kind}: choose {', '.join(STRATA)}")
+    if run.data.task == "multilabel":
+        raise UserError(f"dataset {run.data.name} is multi-label: strata are of the classes of a single-label task")
+    spec = {"references": [reference(run, s).keys["base"] for s in REFERENCE_SEEDS], "kind": kind, "version": VERSION}
+    folder = run.store.produce("strata", digest(spec), spec, partial(_find, run, kind))
+    with np.load(folder / "codes.npz", allow_pickle=False) as codes:
+        about = run.store.about("strata", digest(spec))
+        return Found({part: codes[part] for part in PARTS}, about.pop("names"), about)
+
+
+def _find(run: Run, kind: str, work: Path) -> dict[str, Any]:
+    seen = {part: _seen(reference(run), part) for part in PARTS}
+    labels = {part: run.data.splits[part].labels for part in PARTS}
+    seed = derive_seed("strata", kind)
+    if kind == "clusters":
+        fitted = _clusters(run, seen["train"], seed)
+        names = fitted.names(run.data.classes)
+        about = {"classes": [{"label": c.label, "count": c.count, "p": c.p, "found": c.reason} for c in fitted.classes]}
+        codes = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
+        about["rediscovered"] = _rediscovered(run, codes["test"], labels["test"])
+    else:
+        train = seen["train"]
+        if kind == "slices":
+            fitted = fit_slices(train.features, labels["train"], softmax(train.logits), SLICES, seed)
+        else:
+            fitted = fit_disagreement_slices(train.features, labels["train"], _disagreement(run), SLICES, seed)
+        names = [f"slice {i}" for i in range(fitted.count)]
+        about = {"gap": fitted.gap.tolist()}
+        codes = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
+    np.savez(work / "codes.npz", **codes)
+    return about | {"names": names}
+
+
+def _seen(run: Run, part: str) -> Embedded:
+    return embed(run.network, run.base(), run.part(part).images)
+
+
+def _clusters(run: Run, train: Embedded, seed: int) -> Strata:
+    labels = torch.from_numpy(run.data.splits["train"].labels)
+    losses = case_losses(torch.from_numpy(train.logits), labels).numpy()
+    return fit_clusters(train.features, labels.numpy(), seed, losses)
+
+
+def _rediscovered(run: Run, codes: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the mean adjusted Rand index, within the largest class, of the clusters that pairs of references find.
+
+    Within a class, for all find the classes themselves. None where no reference divides that class.
+    """
+    chosen = labels == np.bincount(labels[labels >= 0]).argmax()
+    found = [codes[chosen]]
+    for seed in REFERENCE_SEEDS[1:]:
+        other = reference(run, seed)
+        fitted = _clusters(run, _seen(other, "train"), derive_seed("strata", "clusters"))
+        found.append(fitted.assign(_seen(other, "test").features, labels)[chosen])
+    if all(len(np.unique(f)) == 1 for f in found):
+        return None
+    return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(found, 2)]))
+
+
+def _disagreement(run: Run) -> np.ndarray:
+    """Return the share of pairs of references that decide differently, float64 [sample], on train."""
+    logits = np.stack([_seen(reference(run, seed), "train").logits for seed in REFERENCE_SEEDS])
+    return disagreement(votes(decide(softmax(logits)), logits.shape[-1]))
