@@ -10,30 +10,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..generators.api import Trained
 from ..identity import derive_seed, digest
 from ..leaderboard.suite import STRATA
+from ..metrics.api import Undefined
 from ..metrics.context import decide, softmax
 from ..metrics.decisions import disagreement, votes
 from ..metrics.slices import fit_disagreement_slices, fit_slices
 from ..metrics.strata import Strata, fit_clusters
+from ..metrics.strata_measures import rediscovery
 from .networks import Network
 from .objectives import case_losses
 
 if TYPE_CHECKING:
     from .stages import Run
 
-VERSION = 1
+VERSION = 2
 REFERENCE_SEEDS = (101, 102, 103, 104, 105)
 """Base seeds of the references: none that a board uses. The first is the one whose features are clustered."""
 SLICES = 8
@@ -133,19 +133,16 @@ def _clusters(run: Run, train: Embedded, seed: int) -> Strata:
 
 
 def _rediscovered(run: Run, codes: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the mean adjusted Rand index, within the largest class, of the clusters that pairs of references find.
-
-    Within a class, for all find the classes themselves. None where no reference divides that class.
-    """
-    chosen = labels == np.bincount(labels[labels >= 0]).argmax()
-    found = [codes[chosen]]
+    """Return how alike the clusters of the references are on test (see `rediscovery`), None where none cuts a class."""
+    found = [codes]
     for seed in REFERENCE_SEEDS[1:]:
         other = reference(run, seed)
         fitted = _clusters(run, _seen(other, "train"), derive_seed("strata", "clusters"))
-        found.append(fitted.assign(_seen(other, "test").features, labels)[chosen])
-    if all(len(np.unique(f)) == 1 for f in found):
+        found.append(fitted.assign(_seen(other, "test").features, labels))
+    try:
+        return rediscovery(found, labels)
+    except Undefined:
         return None
-    return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(found, 2)]))
 
 
 def _disagreement(run: Run) -> np.ndarray:

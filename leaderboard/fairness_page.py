@@ -27,6 +27,9 @@ with all their images, and base seeds together. (3): the sets of only three base
 HEADLINES = ("accuracy_gap", f"tpr_gap{FROZEN}")
 """Metrics whose tables of sets are not folded."""
 
+FOLDED = (*HEADLINES, "worst_group_accuracy", "auroc_gap", "calibration_gap")
+"""Metrics whose tables of sets are on the page; the others stand in science/<suite>.json, but for those of plug-ins."""
+
 WORDS = {
     "accuracy_gap": "accuracy",
     "worst_group_accuracy": "accuracy of the worst group",
@@ -86,8 +89,8 @@ of patients to members that do not differ; **bold** is above it, by which one ce
 
 DETAIL = """\
 Members and ensemble: their gaps, or the rate of the worst group. Ranges as above, over {k} members and over all
-accepted ones (which grows with their number); of equalised odds and worst groups, which have no sign, the range of the
-metric itself.
+accepted ones (which grows with their number); of worst groups, which have no sign, the range of the metric itself.
+Other metrics, equalised odds among them: science/{suite}.json, `fairness`.
 """
 
 BURDENS = """\
@@ -246,10 +249,12 @@ def _sets(suite: Suite, fairness: Science, k: int) -> list[str]:
             for label, row in rows.items()
             if row["members"]["value"] is None and row["reason"] not in of_base
         ),
-        "<details><summary>Every metric: members, ensemble, range</summary>\n",
-        paragraph(DETAIL.format(k=k)),
+        "<details><summary>More metrics: members, ensemble, range</summary>\n",
+        paragraph(DETAIL.format(k=k, suite=suite.name)),
     ]
     for name in _metrics(sets):
+        if name not in FOLDED and name.removesuffix(FROZEN) in METRIC_ORDER:
+            continue
         title = _words(name)
         if name not in headlines:
             parts += [f"**{title}, members**\n", _gaps(suite, fairness, name, "members")]
@@ -309,13 +314,12 @@ def _burdens(suite: Suite, fairness: Science, k: int) -> list[str]:
         heading,
         *_burden(suite, fairness, first, k),
         undefined,
-        "<details><summary>Ambiguity, range, abstention, the means of the groups, patients needed</summary>\n",
+        "<details><summary>Ambiguity, range, abstention; means of the groups, patients needed</summary>\n",
     ]
     for name in others:
         parts += _burden(suite, fairness, name, k)
-    for name in (first, *others):
-        parts += [f"**{_quantity(name, k)}, by group**\n", *_means(suite, fairness, name)]
-    parts += [paragraph(GROUPS), f"**{_quantity(first, k)}, patients needed**\n", _needed(suite, fairness, first)]
+    parts += [f"**{_quantity(first, k)}, by group**\n", *_means(suite, fairness, first), paragraph(GROUPS)]
+    parts += [f"**{_quantity(first, k)}, patients needed**\n", _needed(suite, fairness, first)]
     return [*parts, paragraph(NEEDED_BURDEN), "</details>\n"]
 
 

@@ -83,11 +83,11 @@ def _search(suite: Suite, science: Science) -> list[str]:
         return []
     classes = [f"in class {c['label']}, {c['found']}" for c in clusters["classes"]]
     again = clusters["rediscovered"]
-    said = "no network divides the largest class" if again is None else f"adjusted Rand index {again:.2f}"
+    said = "no network divides a class" if again is None else f"adjusted Rand index {again:.2f}"
     return [
         "### Looking for hidden strata\n",
         paragraph(
-            f"Strata were found on train by networks that are on no board. Clusters: {'; '.join(classes)}. Clusters "
-            f"that other networks find within the largest class: {said}, mean over pairs, on test."
+            f"Strata were found on train by networks that are on no board. Clusters: {'; '.join(classes)}. How alike "
+            f"those are that five networks find: {said} within classes, mean over pairs, on test."
         ),
     ]
