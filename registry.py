@@ -169,7 +169,10 @@ def _settings(node: ast.stmt, tree: ast.Module) -> tuple[str, ...]:
         if not isinstance(line, ast.AnnAssign) or line.value is None:
             continue
         if "ClassVar" not in ast.unparse(line.annotation):
-            found.append(f"{ast.unparse(line.target)}={ast.unparse(line.value)}")
+            default = line.value
+            if isinstance(default, ast.Call) and ast.unparse(default.func) == "added_later":
+                default = default.args[0]
+            found.append(f"{ast.unparse(line.target)}={ast.unparse(default)}")
     return tuple(found)
 
 

@@ -35,6 +35,7 @@ from ..leaderboard.science import Evidence, parts
 from ..metrics.api import Predictions, Settings
 from ..metrics.decisions import disagreement, votes
 from ..metrics.evaluation import evaluate
+from ..metrics.strata import fit_clusters
 from ..metrics.uncertainty import AT_K
 from .memory import PeakMemory
 from .networks import Network
@@ -84,7 +85,7 @@ def all_measures() -> tuple[list[Callable[..., dict[str, Any]]], list[Callable[[
     """Return the functions that measure rows, and those that measure figures."""
     from . import speed_geodesics
 
-    figures = [phantom_rate, memory_of_1000_members, science_200x20000, *speed_geodesics.FIGURES]
+    figures = [phantom_rate, memory_of_1000_members, science_200x20000, strata_20000x512, *speed_geodesics.FIGURES]
     return [*MEASURES, *DECODING, *speed_geodesics.MEASURES], figures
 
 
@@ -223,6 +224,21 @@ def science_200x20000() -> tuple[str, str]:
     peak, seconds = memory.peak(), time.perf_counter() - start - made
     size = "not measured" if peak is None else f"{peak / 2**30:.1f} GiB"
     return "the science of 200 members (and 200 retrainings) on 20,000 cases of 10 classes", f"{seconds:.0f} s, {size}"
+
+
+def strata_20000x512() -> tuple[str, str]:
+    """Measure the search for hidden strata in 20,000 cases of 512 features and two classes, three clouds in each."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=20_000)
+    centres = rng.normal(size=(2, 3, 512))
+    features = centres[labels, rng.integers(3, size=20_000)] + rng.normal(size=(20_000, 512))
+    start = time.perf_counter()
+    found = fit_clusters(features, labels, 0)
+    found.assign(features, labels)
+    return (
+        "hidden strata found in 20,000 cases of 512 features, and all assigned",
+        f"{time.perf_counter() - start:.1f} s, {found.count} strata of 6",
+    )
 
 
 def data_wait(device: torch.device) -> dict[str, Any]:

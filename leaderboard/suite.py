@@ -50,8 +50,7 @@ import yaml
 
 from ..errors import UserError, suggest
 from ..identity import row_label
-from ..metrics.api import LOSSES, Settings
-from ..metrics.context import MIN_PATIENTS
+from ..metrics.api import LOSSES, MIN_PATIENTS, Settings
 
 SUITES = Path(__file__).parent / "suites"
 CONTROLS = ("identical", "logit_noise", "temperature")

@@ -46,6 +46,9 @@ class Predictions:
     failed: tuple[int, ...] = ()
 
 
+MIN_PATIENTS = 25
+"""Patients that a group needs in the denominator of its rate to count, unless another number is declared."""
+
 LOSSES = ("nll", "zero_one", "auroc", "balanced_accuracy", "brier")
 """Losses that may decide membership; AUROC and balanced accuracy enter as one minus."""
 

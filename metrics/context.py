@@ -11,11 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
+from .api import MIN_PATIENTS as MIN_PATIENTS
 from .api import NonFinite, Predictions
 from .intervals import PatientBootstrap
-
-MIN_PATIENTS = 25
-"""Patients that a group needs in the denominator of its rate to count, unless another number is declared."""
 
 _BLOCK = 1 << 21  # numbers that are worked on at once
 
