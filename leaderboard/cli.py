@@ -110,7 +110,7 @@ def run_build(args: argparse.Namespace) -> int:
     _write(table, render_csv(records, suites))
     if not args.out:
         tables = settle_all(suites, filter(verified, records))
-        build_science(FOLDER, tables, _write, lambda text: print(text, file=sys.stderr))
+        build_science(FOLDER, tables, _write)
     print(f"{out} and {table.name}: {len(records)} records, suites {', '.join(suite.name for suite in suites)}")
     return 0
 

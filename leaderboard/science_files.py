@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +32,36 @@ FILES, PAGE, GROUPS_PAGE, FIGURES, EXACT = "science", "SCIENCE.md", "FAIRNESS.md
 """Of exact.json, too, SCIENCE.md shows the tables; `make exact` computes it, for it needs images and networks."""
 
 
-def build_science(
-    folder: Path, tables: Iterable[Table], write: Callable[[Path, str], None], say: Callable[[str], None]
-) -> None:
-    """Compute the science of every table that commits predictions, and write its files, its page and its figures."""
+def build_science(folder: Path, tables: Iterable[Table], write: Callable[[Path, str], None]) -> None:
+    """Compute the science of every table that commits predictions, and write its files, its pages and its figures.
+
+    Suites are computed side by side, in a process each, at most as many as there are cores.
+    """
     found = []
     (folder / FILES).mkdir(exist_ok=True)
-    for table in _told(tables):
-        name = table.suite.name
-        text = to_text(compute(table, folder, say))
-        write(folder / FILES / f"{name}.json", text)
-        found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
+    told = _told(tables)
+    with ProcessPoolExecutor(max_workers=max(1, min(len(told), os.cpu_count() or 1))) as pool:
+        for table, text in zip(told, pool.map(_text, told, repeat(folder))):
+            write(folder / FILES / f"{table.suite.name}.json", text)
+            found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
     for name, text in _pages(folder, found).items():
         write(folder / name, text)
     if importlib.util.find_spec("matplotlib") is None:
-        say(f"{folder / FIGURES}: left as they are, for matplotlib is not installed")
+        _say(f"{folder / FIGURES}: left as they are, for matplotlib is not installed")
         return
     from .figures import draw
 
     drawn = [path for suite, science in found for path in draw(suite, science, folder / FIGURES)]
     for path in set((folder / FIGURES).iterdir()) - set(drawn):
         path.unlink()
+
+
+def _text(table: Table, folder: Path) -> str:
+    return to_text(compute(table, folder, _say))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:

@@ -151,10 +151,12 @@ def structure(features: np.ndarray, seed: int) -> float:
 
     The statistic is what two Gaussian components add to the mean log-likelihood of one, on the five principal
     components (each to unit variance) of at most 300 random rows at unit norm. It is compared with 39 equally large
-    samples of one cloud (see `_Cloud`) that went the same way: `p = (1 + #{as large}) / 40`, so that noise has p <= .05
-    with a chance of 5 % (measured: 2 to 10 % for Gaussian, rectified, skewed and heavy-tailed noise). Rejection says
-    that there is more than one such cloud, not that it is any particular stratum. Source: McLachlan (Applied Statistics
-    1987), the bootstrapped likelihood ratio.
+    samples of one cloud (see `_Cloud`) that went the same way: `p = (1 + #{as large}) / 40`, so that such a cloud has
+    p <= .05 with a chance of 5 %. Measured, on 100 times 80 samples of 32 features: normal 2 %, of four factors 2 %,
+    rectified 0 %, rectified with one skewed axis 2 %, t with 5 degrees of freedom 7 %; but log-normal of four factors
+    60 %, for a cloud more skewed than a gamma counts as more than one. Rejection thus says that there is more than one
+    plain cloud, not that it is any particular stratum. Source: McLachlan (Applied Statistics 1987), the bootstrapped
+    likelihood ratio.
     """
     rng = np.random.default_rng(seed)
     features = np.asarray(features, np.float64)
