@@ -24,7 +24,7 @@ from ..leaderboard.suite import STRATA
 from ..metrics.api import Undefined
 from ..metrics.context import decide, softmax
 from ..metrics.decisions import disagreement, votes
-from ..metrics.slices import fit_disagreement_slices, fit_slices
+from ..metrics.slices import Slices, fit_disagreement_slices, fit_slices
 from ..metrics.strata import Strata, fit_clusters
 from ..metrics.strata_measures import rediscovery
 from .networks import Network
@@ -102,34 +102,33 @@ def find(run: Run, kind: str) -> Found:
 def _find(run: Run, kind: str, work: Path) -> dict[str, Any]:
     seen = {part: _seen(reference(run), part) for part in PARTS}
     labels = {part: run.data.splits[part].labels for part in PARTS}
-    seed = derive_seed("strata", kind)
-    if kind == "clusters":
-        fitted = _clusters(run, seen["train"], seed)
-        names = fitted.names(run.data.classes)
-        about = {"classes": [{"label": c.label, "count": c.count, "p": c.p, "found": c.reason} for c in fitted.classes]}
-        codes = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
-        about["rediscovered"] = _rediscovered(run, codes["test"], labels["test"])
-    else:
-        train = seen["train"]
-        if kind == "slices":
-            fitted = fit_slices(train.features, labels["train"], softmax(train.logits), SLICES, seed)
-        else:
-            fitted = fit_disagreement_slices(train.features, labels["train"], _disagreement(run), SLICES, seed)
-        names = [f"slice {i}" for i in range(fitted.count)]
-        about = {"gap": fitted.gap.tolist()}
-        codes = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
+    fitted: Strata | Slices = _clusters(run, seen["train"]) if kind == "clusters" else _slices(run, seen["train"], kind)
+    codes: dict[str, Any] = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
     np.savez(work / "codes.npz", **codes)
-    return about | {"names": names}
+    if isinstance(fitted, Slices):
+        return {"names": [f"slice {i}" for i in range(fitted.count)], "gap": fitted.gap.tolist()}
+    return {
+        "names": fitted.names(run.data.classes),
+        "classes": [{"label": c.label, "count": c.count, "found": c.reason} for c in fitted.classes],
+        "rediscovered": _rediscovered(run, codes["test"], labels["test"]),
+    }
 
 
 def _seen(run: Run, part: str) -> Embedded:
     return embed(run.network, run.base(), run.part(part).images)
 
 
-def _clusters(run: Run, train: Embedded, seed: int) -> Strata:
+def _clusters(run: Run, train: Embedded) -> Strata:
     labels = torch.from_numpy(run.data.splits["train"].labels)
     losses = case_losses(torch.from_numpy(train.logits), labels).numpy()
-    return fit_clusters(train.features, labels.numpy(), seed, losses)
+    return fit_clusters(train.features, labels.numpy(), derive_seed("strata", "clusters"), losses)
+
+
+def _slices(run: Run, train: Embedded, kind: str) -> Slices:
+    labels, seed = run.data.splits["train"].labels, derive_seed("strata", kind)
+    if kind == "slices":
+        return fit_slices(train.features, labels, softmax(train.logits), SLICES, seed)
+    return fit_disagreement_slices(train.features, labels, _disagreement(run), SLICES, seed)
 
 
 def _rediscovered(run: Run, codes: np.ndarray, labels: np.ndarray) -> float | None:
@@ -137,7 +136,7 @@ def _rediscovered(run: Run, codes: np.ndarray, labels: np.ndarray) -> float | No
     found = [codes]
     for seed in REFERENCE_SEEDS[1:]:
         other = reference(run, seed)
-        fitted = _clusters(run, _seen(other, "train"), derive_seed("strata", "clusters"))
+        fitted = _clusters(run, _seen(other, "train"))
         found.append(fitted.assign(_seen(other, "test").features, labels))
     try:
         return rediscovery(found, labels)

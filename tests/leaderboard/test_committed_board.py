@@ -139,10 +139,19 @@ def test_the_phantom_of_the_board_is_the_phantom_of_this_version(records):
 
 
 @pytest.mark.real
-def test_the_real_images_of_the_board_are_the_official_file(records, real_data):
+@pytest.mark.parametrize("name", [n for n, s in SUITES.items() if s.board and s.dataset.name != "phantom_cxr"])
+def test_the_real_images_of_the_board_are_the_official_files(name, records, real_data):
     from multiplicity_bench.benchmark.spec import create
     from multiplicity_bench.datasets.api import DATASETS, prepare
 
-    suite = SUITES["breastmnist"]
+    suite = SUITES[name]
     data = prepare(create(DATASETS, {"name": suite.dataset.name, **suite.dataset.settings}), real_data)
     assert {r["identity"]["dataset"]["digest"] for r in of(suite, records)} == {data.digest}
+
+
+def test_the_hidden_drains_of_the_phantom_are_found_and_served_worse():
+    science = json.loads((FOLDER / "science" / "phantom.json").read_text(encoding="utf-8"))
+    truths = science["strata"]["clusters"]["truths"]
+    found = next(t for t in truths if (t["truth"], t["class"]) == ("drain", "no pneumothorax"))
+    assert found["p"] < 0.05 and found["lift"] > 1.5
+    assert found["accuracy"] < found["accuracy_rest"] - 0.1
