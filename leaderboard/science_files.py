@@ -12,9 +12,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,9 @@ def build_science(folder: Path, tables: Iterable[Table], write: Callable[[Path, 
     found = []
     (folder / FILES).mkdir(exist_ok=True)
     told = _told(tables)
-    with ProcessPoolExecutor(max_workers=max(1, min(len(told), os.cpu_count() or 1))) as pool:
-        for table, text in zip(told, pool.map(_text, told, repeat(folder))):
-            write(folder / FILES / f"{table.suite.name}.json", text)
-            found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
+    for table, text in zip(told, _texts(told, folder)):
+        write(folder / FILES / f"{table.suite.name}.json", text)
+        found.append((table.suite, json.loads(text)))  # as whoever reads the file finds it, in its order
     for name, text in _pages(folder, found).items():
         write(folder / name, text)
     if importlib.util.find_spec("matplotlib") is None:
@@ -54,6 +54,14 @@ def build_science(folder: Path, tables: Iterable[Table], write: Callable[[Path, 
     drawn = [path for suite, science in found for path in draw(suite, science, folder / FIGURES)]
     for path in set((folder / FIGURES).iterdir()) - set(drawn):
         path.unlink()
+
+
+def _texts(tables: Sequence[Table], folder: Path) -> Iterable[str]:
+    workers = min(len(tables), os.cpu_count() or 1)
+    if workers < 2:
+        return (_text(table, folder) for table in tables)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_text, tables, repeat(folder)))
 
 
 def _text(table: Table, folder: Path) -> str:
@@ -84,7 +92,9 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
             yield str(error)
             continue
         if wrong := groups_problem(table.suite, groups, table.records[0]["identity"]["dataset"]["digest"]):
+            broken = True
             yield f"{folder / GROUPS / path.name}: {wrong}: run `make groups`"
+            continue
         if science.get("inputs") != inputs(table) or science.get("groups") != group_inputs(table.suite, groups):
             broken = True
             yield f"{path}: was computed from other records, predictions, groups or criteria: run `leaderboard build`"

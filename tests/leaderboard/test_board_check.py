@@ -13,6 +13,7 @@ from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard import cli
 from multiplicity_bench.leaderboard.cells import settle_all
 from multiplicity_bench.leaderboard.check import check, problems, verify
+from multiplicity_bench.leaderboard.groups import Groups, to_text
 from multiplicity_bench.leaderboard.predictions import (
     arrays_predictions,
     load_predictions,
@@ -58,7 +59,14 @@ def build(folder, suite):
     records = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
     (folder / "LEADERBOARD.md").write_text(render(records, [suite]), encoding="utf-8")
     (folder / "leaderboard.csv").write_text(render_csv(records, [suite]), encoding="utf-8")
-    build_science(folder, settle_all([suite], records), Path.write_text, lambda text: None)
+    build_science(folder, settle_all([suite], records), Path.write_text)
+
+
+def grouped(folder: Path, name: str) -> None:
+    """Write the groups of a suite's cases, of data that are not the board's."""
+    (folder / "groups").mkdir()
+    made = Groups(suite=name, dataset="0" * 64, declared={"strata": [], "truths": []})
+    (folder / "groups" / f"{name}.json").write_text(to_text(made), encoding="utf-8")
 
 
 def toy_predictions(seed: int) -> tuple[Predictions, Predictions]:
@@ -185,6 +193,10 @@ def test_a_control_off_its_null_values_fails_the_check(board, suite, make_record
         (lambda f: (f / "SCIENCE.md").unlink(), "SCIENCE.md: is not what science/ says"),
         (lambda f: (f / "figures" / "toy-cost.png").unlink(), "figures/toy-cost.png: is missing"),
         (lambda f: (f / "science" / "old.json").write_text("{}"), "science/old.json: belongs to no board suite"),
+        (lambda f: edit(f / "science" / "toy.json", '"groups": "', '"groups": "0'), "was computed from other records"),
+        (lambda f: edit(f / "FAIRNESS.md", "Who", "Whoever"), "FAIRNESS.md: is not what science/ says"),
+        (lambda f: grouped(f, "old"), "groups/old.json: belongs to no board suite"),
+        (lambda f: grouped(f, "toy"), "groups/toy.json: was made from other data: run `make groups`"),
     ],
 )
 def test_science_that_is_not_of_these_records_is_found_and_named(board, spoil, said):
