@@ -376,22 +376,6 @@ def find_folder(data_root: Path | None, names: Sequence[str], tables: Sequence[s
     )
 
 
-def group_sizes(split: Split, attribute_values: dict[str, list[str]]) -> dict[str, dict[str, tuple[int, int]]]:
-    """Count images and patients: attribute -> value -> (images, patients); `unknown` stands last where there are any.
-
-    Where the source knows no patients, every image counts as one. A patient whose images have several values (ages,
-    views) counts for each.
-    """
-    unit = np.arange(len(split)) if split.patient is None else split.patient
-    sizes: dict[str, dict[str, tuple[int, int]]] = {}
-    for attribute, codes in split.attributes.items():
-        named = [*enumerate(attribute_values[attribute]), *([(-1, "unknown")] if (codes < 0).any() else [])]
-        sizes[attribute] = {
-            name: (int((codes == code).sum()), len(np.unique(unit[codes == code]))) for code, name in named
-        }
-    return sizes
-
-
 def _patient_codes(listing: Listing) -> np.ndarray | None:
     """Number patients by their first appearance in the table."""
     if listing.patients is None:

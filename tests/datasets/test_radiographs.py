@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from multiplicity_bench.datasets.api import Split
 from multiplicity_bench.datasets.findings import (
     BLANK,
     CHEXPERT_FINDINGS,
@@ -16,7 +15,7 @@ from multiplicity_bench.datasets.findings import (
     match_finding,
     settle,
 )
-from multiplicity_bench.datasets.radiographs import age_groups, ages_of, group_sizes, read_table, without_repeats
+from multiplicity_bench.datasets.radiographs import age_groups, ages_of, read_table, without_repeats
 from multiplicity_bench.errors import UserError
 
 FINDINGS = ["Edema", "Mass", "Device", NO_FINDING]
@@ -152,13 +151,3 @@ def test_repeated_rows_are_left_out_and_counted_and_contradictions_refused(tmp_p
     table = read_table(stored(tmp_path, "k,v\n1,a\n2,b\n1,c\n"), ["k", "v"])
     with pytest.raises(UserError, match="row 4: v is 'c', but 'a' in row 2, for the same k 1"):
         without_repeats(table, ["k"], [])
-
-
-def test_group_sizes_count_images_and_patients():
-    codes = np.array([0, 0, 1, -1, 0, 1])
-    patient = np.array([7, 7, 7, 8, 9, 9])
-    split = Split(np.zeros((6, 1, 2, 2), np.uint8), np.zeros(6, np.int64), np.arange(6), patient, {"view": codes})
-    values = {"view": ["PA", "AP", "lateral"]}
-    assert group_sizes(split, values) == {"view": {"PA": (3, 2), "AP": (2, 2), "lateral": (0, 0), "unknown": (1, 1)}}
-    split.patient = None
-    assert group_sizes(split, values)["view"]["PA"] == (3, 3)
