@@ -102,6 +102,9 @@ class MetricInfo:
     `criterion`: `f(context, probabilities)`, as for `model`, returns a `PerMember`, or a dict of these (or of
     `Undefined`) by suffix: what a user could choose a member by. It has a better direction, is handed to `selection`
     alone and stands in no record;
+    `property`: `f(context, models)`, as a criterion, of what is no matter of the part's own predictions alone: it reads
+    the networks `models` on shifted views, `models(context.views["jpeg-3"])`, or what else was measured of them,
+    `models.evidence(context, "saliency")`. Reported and chosen by where it is asked for by name;
     `group`: the same as `criterion`, by attribute of the patients (suffix `#sex`), but reported, not chosen by: neither
     `selection` nor a record knows it, it is computed from committed predictions.
 
@@ -119,7 +122,7 @@ class MetricInfo:
     min_members: int = 1
 
     def __post_init__(self) -> None:
-        per_member = self.level in ("criterion", "group")
+        per_member = self.level in ("criterion", "property", "group")
         directions = ("higher", "lower") if per_member else ("higher", "lower", "neither")
         for value, allowed in ((self.direction, directions), (self.level, LEVELS)):
             if value not in allowed:
@@ -134,7 +137,7 @@ class Metric(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
 
-LEVELS = ("model", "set", "membership", "criterion", "group")
+LEVELS = ("model", "set", "membership", "criterion", "property", "group")
 
 
 @dataclass(frozen=True)

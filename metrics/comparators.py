@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from .api import Metric, PerMember, Undefined
-from .context import Context
+from .context import BASE, MEMBERS, Context, Models
 from .cost_curves import SetCost
 from .intervals import CaseMean, Estimate, average, holm
 from .performance import errors
@@ -24,14 +24,11 @@ from .selection import (
     LEVEL,
     POWER,
     Bounds,
-    _base,
     _bounds,
     _changed,
     _criteria,
     _drawn,
     _losses,
-    _members,
-    _Models,
     _of,
     _only,
     _oriented,
@@ -183,10 +180,10 @@ class _Side:
         kept = [_shared_groups(criterion, v, t) for v, t in zip(val, test)]
         seen = [_drawn(_only(c, groups), 0) for c, groups in zip(val, kept)]
         if not seen[0].size:
-            nothing = _oriented(criterion, seen, "val", _base)
+            nothing = _oriented(criterion, seen, "val", BASE)
             return _Side(list(test), nothing, np.empty(0), np.empty(0))
-        accuracy = np.array([e.value for e in _accuracies(seen, _members)])
-        on_val = _oriented(criterion, seen, "val", _members)
+        accuracy = np.array([e.value for e in _accuracies(seen, MEMBERS)])
+        on_val = _oriented(criterion, seen, "val", MEMBERS)
         return _Side([_only(c, groups) for c, groups in zip(test, kept)], on_val, accuracy, _losses(seen))
 
     def ranks(self, values: np.ndarray) -> np.ndarray:
@@ -205,7 +202,7 @@ def _chosen(criterion: Metric, suffix: str, ours: _Side, theirs: _Side, n: int, 
     keeps = np.round(ours.accuracy - (weights @ theirs.accuracy - tolerance), _DECIMALS) >= 0
     eligible = keeps if keeps.any() else ours.accuracy == ours.accuracy.max()
     chosen = int(np.argmax(np.where(eligible, ours.ranks(seen.values), -1)))
-    one, some = _pick([chosen]), _pick(np.flatnonzero(weights))
+    one, some = Models((chosen,)), Models(tuple(np.flatnonzero(weights).tolist()))
     set_side = _defined(suffix, _oriented(criterion, ours.test, "test", one))
     rival_side = _defined(suffix, _oriented(criterion, theirs.test, "test", some))
     w, patients = weights[weights > 0], ours.test[0].bootstrap.patients
@@ -238,7 +235,7 @@ def _less(one: Estimate, others: Sequence[Estimate], weights: np.ndarray) -> Est
     return Estimate(round(float(value), _DECIMALS), np.round(draws, _DECIMALS), one.n)
 
 
-def _accuracies(contexts: Sequence[Context], models: _Models) -> list[Estimate]:
+def _accuracies(contexts: Sequence[Context], models: Models) -> list[Estimate]:
     """Return the accuracy of each model, mean over labels."""
     by_label = []
     for c in contexts:
@@ -248,10 +245,6 @@ def _accuracies(contexts: Sequence[Context], models: _Models) -> list[Estimate]:
             raise found[0]
         by_label.append(cast(list[Estimate], found))
     return [average(model) for model in zip(*by_label)]
-
-
-def _pick(members: Sequence[int] | np.ndarray) -> _Models:
-    return lambda context: context.probabilities[np.asarray(members)]
 
 
 def compare(choices: Sequence[Choice], tolerance: float = 0.01) -> Comparison:

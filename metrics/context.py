@@ -12,10 +12,43 @@ from functools import cached_property
 import numpy as np
 
 from .api import MIN_PATIENTS as MIN_PATIENTS
-from .api import NonFinite, Predictions
+from .api import NonFinite, Predictions, Undefined
 from .intervals import PatientBootstrap
 
 _BLOCK = 1 << 21  # numbers that are worked on at once
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of every network beside its predictions: members [member, ...] (accepted ones), base [...]."""
+
+    members: np.ndarray
+    base: np.ndarray
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which networks of a set are asked about: rows are indices of accepted members, -1 the base; None: all members."""
+
+    rows: tuple[int, ...] | None = None
+
+    def __call__(self, context: Context) -> np.ndarray:
+        """Return their probabilities in a context, float64 [model, sample, class]."""
+        return self._pick(context.probabilities, context.base)
+
+    def evidence(self, context: Context, name: str) -> np.ndarray:
+        """Return what is stored of them under a name, [model, ...]; Undefined where nothing is."""
+        if name not in context.evidence:
+            raise Undefined(f"{name} was not measured")
+        return self._pick(context.evidence[name].members, context.evidence[name].base)
+
+    def _pick(self, members: np.ndarray, base: np.ndarray) -> np.ndarray:
+        if self.rows is None:
+            return members
+        return np.stack([base if row < 0 else members[row] for row in self.rows])
+
+
+MEMBERS, BASE = Models(), Models((-1,))
 
 
 @dataclass
@@ -24,7 +57,8 @@ class Context:
 
     probabilities: float64 [member, sample, class] of the K accepted members; base: float64 [sample, class];
     labels: int64 [sample], -1 = missing; positive: the positive class of a two-class problem; attributes: codes
-    [sample], -1 unknown; seed: for the k-subsets; min_patients: that a group needs in the denominator of its rate.
+    [sample], -1 unknown; seed: for the k-subsets; min_patients: that a group needs in the denominator of its rate;
+    views: the same members on shifted views of the part, by name; evidence: what else was stored, by name.
     """
 
     probabilities: np.ndarray
@@ -35,6 +69,8 @@ class Context:
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
     min_patients: int = MIN_PATIENTS
+    views: dict[str, Context] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
     _made: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:

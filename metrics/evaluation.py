@@ -38,7 +38,7 @@ class Evaluation:
 def catalogue(names: Sequence[str] | None = None) -> dict[str, MetricInfo]:
     """Return what the metrics declare, by name, without computing any; by default all that a record can hold.
 
-    What is chosen by (`level="criterion"`) or reported by group (`level="group"`) is not recorded: it is left out.
+    What is given by member (`level="criterion"`, "property", "group") is not recorded: it is left out.
     """
     functions = _functions(None) if names is None else {name: METRICS.get(name) for name in names}
     return {name: function.info for name, function in functions.items()}
@@ -119,6 +119,7 @@ def check_shapes(predictions: Predictions) -> None:
 
 _UNRECORDED = {
     "criterion": "members are chosen by a criterion, no record scores it",
+    "property": "a property of members is computed from stored views, no record scores it",
     "group": "a metric of groups is computed from the predictions, no record scores it",
 }
 

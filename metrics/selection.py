@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 
 from ..errors import UserError
 from .api import METRICS, Metric, PerMember, Undefined
-from .context import Context
+from .context import BASE, MEMBERS, Context, Models
 from .intervals import Estimate, average, holm, order_statistic_weights
 from .performance import log_losses
 
@@ -307,7 +307,7 @@ def _criteria(names: Sequence[str] | None) -> dict[str, Metric]:
         return {name: function for name, function in METRICS.load_all() if function.info.level == "criterion"}
     found = {name: METRICS.get(name) for name in names}
     for name, function in found.items():
-        if function.info.level != "criterion":
+        if function.info.level not in ("criterion", "property"):
             raise UserError(f"metric '{name}' is no criterion: its level is {function.info.level}")
     return found
 
@@ -336,7 +336,7 @@ def _shared_groups(criterion: Metric, val: Context, test: Context) -> dict[str, 
     of_val, of_test = (
         {
             s.removeprefix("#"): set(f.groups)
-            for s, f in _by_suffix(criterion, c, c.base[None]).items()
+            for s, f in _by_suffix(criterion, c, BASE).items()
             if isinstance(f, PerMember)
         }
         for c in (_drawn(val, 0), _drawn(test, 0))
@@ -371,12 +371,12 @@ def _changed(context: Context, **fields: Any) -> Context:
 
 
 def _select_by(criterion: Metric, task: _Task) -> dict[str, Selection | Undefined]:
-    of_base = _oriented(criterion, [_drawn(c, 0) for c in task.val], "val", _base)
+    of_base = _oriented(criterion, [_drawn(c, 0) for c in task.val], "val", BASE)
     size = task.val[0].size
     if size < task.k:
         return {suffix: Undefined(f"{size} of {task.k} accepted") for suffix in of_base}
-    on_val = _oriented(criterion, task.val, "val", _members)
-    on_test = _oriented(criterion, task.test, "test", _members)
+    on_val = _oriented(criterion, task.val, "val", MEMBERS)
+    on_test = _oriented(criterion, task.test, "test", MEMBERS)
     out: dict[str, Selection | Undefined] = {}
     for suffix in dict.fromkeys([*on_val, *on_test]):
         base, seen, reported = (_of(suffix, found) for found in (of_base, on_val, on_test))
@@ -396,7 +396,7 @@ def _selection(
 ) -> Selection | Undefined:
     order = np.argsort(task.val_losses, kind="stable")  # among ties the first stands for the lowest loss
     chosen = int(order[np.argmax(np.round(val.values[order], _DECIMALS))])
-    pair = _of(suffix, _oriented(criterion, task.reported, "test", _base_and(chosen)))
+    pair = _of(suffix, _oriented(criterion, task.reported, "test", Models((-1, chosen))))
     if isinstance(pair, Undefined):
         return pair
     loss = average([_paired_loss(c, chosen) for c in task.reported])
@@ -426,31 +426,16 @@ def _choices(draws: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def _paired_loss(context: Context, member: int) -> Estimate:
-    of_base, of_member = log_losses(_base_and(member)(context), context.labels)
+    of_base, of_member = log_losses(Models((-1, member))(context), context.labels)
     return context.bootstrap.mean(of_member - of_base, context.known)
 
 
-_Models = Callable[[Context], np.ndarray]
-
-
-def _base(context: Context) -> np.ndarray:
-    return context.base[None]
-
-
-def _members(context: Context) -> np.ndarray:
-    return context.probabilities
-
-
-def _base_and(member: int) -> _Models:
-    return lambda context: np.stack([context.base, context.probabilities[member]])
-
-
-def _oriented(criterion: Metric, contexts: Sequence[Context], view: str, models: _Models) -> _Found:
+def _oriented(criterion: Metric, contexts: Sequence[Context], view: str, models: Models) -> _Found:
     """Return the criterion of some models by suffix, mean over labels, higher is better."""
     per_label = []
     for label, context in enumerate(contexts):
         where = f"{view}, label {label}" if len(contexts) > 1 else view
-        found = _by_suffix(criterion, context, models(context))
+        found = _by_suffix(criterion, context, models)
         per_label.append({s: Undefined(f"{where}: {f}") if isinstance(f, Undefined) else f for s, f in found.items()})
     sign = 1.0 if criterion.info.direction == "higher" else -1.0
     suffixes = dict.fromkeys(suffix for found in per_label for suffix in found)
@@ -472,13 +457,16 @@ def _mean(labels: list[PerMember | Undefined], sign: float) -> PerMember | Undef
     return PerMember(sign * np.mean(values, axis=0), sign * np.mean(draws, axis=0))
 
 
-def _by_suffix(criterion: Metric, context: Context, models: np.ndarray) -> _Found:
+def _by_suffix(criterion: Metric, context: Context, models: Models) -> _Found:
+    whole = criterion.info.level == "property"
+    probabilities = models(context)
     try:
-        result = criterion(context, models)
+        result = criterion(context, models) if whole else criterion(context, probabilities)
     except Undefined as reason:
         return {"": reason}
     found: _Found = dict(result) if isinstance(result, Mapping) else {"": result}
-    wanted = (len(models),), (context.bootstrap.draws, len(models))
+    count = len(probabilities)
+    wanted = (count,), (context.bootstrap.draws, count)
     for suffix, f in found.items():
         if isinstance(f, Undefined):
             continue
@@ -486,5 +474,5 @@ def _by_suffix(criterion: Metric, context: Context, models: np.ndarray) -> _Foun
             name = criterion.info.name
             raise ValueError(f"criterion '{name}': values {f.values.shape} and draws {f.draws.shape}, not {wanted}")
         if len(bad := np.flatnonzero(~np.isfinite(f.values))):
-            found[suffix] = Undefined(f"no finite value for model {bad[0]} of {len(models)}")
+            found[suffix] = Undefined(f"no finite value for model {bad[0]} of {count}")
     return found
