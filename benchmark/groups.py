@@ -33,7 +33,7 @@ def groups_of(run: Run, suite: Suite) -> Groups:
         declared=declared(suite),
         attributes=data.attribute_values,
         strata={
-            kind: Stratification(found.names, {view: found.codes[view] for view in VIEWS}, found.about)
+            kind: Stratification(found.names, {view: found.codes[view] for view in VIEWS}, found.places, found.about)
             for kind, found in strata.items()
         },
         truths={name: {view: _truth(data, name, view) for view in VIEWS} for name in suite.truths},

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ..errors import UserError
 from ..generators.api import Trained
@@ -26,54 +25,45 @@ from ..metrics.context import decide, softmax
 from ..metrics.decisions import disagreement, votes
 from ..metrics.slices import Slices, fit_disagreement_slices, fit_slices
 from ..metrics.strata import Strata, fit_clusters
-from ..metrics.strata_measures import rediscovery
+from ..metrics.strata_measures import places_of, rediscovery
+from . import features
+from .features import Embedded
 from .networks import Network
 from .objectives import case_losses
+from .predict import BATCH
 
 if TYPE_CHECKING:
     from .stages import Run
 
-VERSION = 2
+VERSION = 3
 REFERENCE_SEEDS = (101, 102, 103, 104, 105)
 """Base seeds of the references: none that a board uses. The first is the one whose features are clustered."""
 SLICES = 8
 PARTS = ("train", "tune", "val", "test")
+PLACED = ("val", "test")
 
 
 @dataclass(frozen=True)
 class Found:
-    """Strata of one kind: codes int64 [sample] by part of the data, -1 for none; names of the codes; what was found."""
+    """Strata of one kind: codes int64 [sample] by part of the data, -1 for none; names of the codes; what was found.
+
+    places: of the cases of val and test, in the order of how firmly their stratum holds them (see `places_of`).
+    """
 
     codes: dict[str, np.ndarray]
+    places: dict[str, np.ndarray]
     names: list[str]
     about: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A part of the data as a network sees it: features float32 [sample, feature], logits float32 [sample, class]."""
-
-    features: np.ndarray
-    logits: np.ndarray
-
-
-def embed(network: Network, trained: Trained, images: Any, batch_size: int = 256) -> Embedded:
+def embed(network: Network, trained: Trained, images: Any, batch_size: int = BATCH) -> Embedded:
     """Return the input of the network's last linear layer, and its logits, for uint8 images.
 
     Raises UserError for a network whose only linear layer sees the pixels themselves.
     """
-    if network.spec["name"] == "logistic":
-        raise UserError("network=logistic has no penultimate features to find strata in: choose another network")
-    module = network.module(trained.params, trained.buffers)
-    last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
-    seen: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
-    try:
-        with torch.no_grad():
-            logits = torch.cat([module(batch).cpu() for batch in images.split(batch_size)])
-    finally:
-        handle.remove()
-    return Embedded(torch.cat(seen).numpy(), logits.numpy())
+    if reason := features.without_features(network):
+        raise UserError(f"{reason} to find strata in: choose another network")
+    return features.embed(network, trained, images, batch_size)
 
 
 def reference(run: Run, seed: int = REFERENCE_SEEDS[0]) -> Run:
@@ -96,7 +86,8 @@ def find(run: Run, kind: str) -> Found:
     folder = run.store.produce("strata", digest(spec), spec, partial(_find, run, kind))
     with np.load(folder / "codes.npz", allow_pickle=False) as codes:
         about = run.store.about("strata", digest(spec))
-        return Found({part: codes[part] for part in PARTS}, about.pop("names"), about)
+        places = {part: codes[f"{part}_places"] for part in PLACED}
+        return Found({part: codes[part] for part in PARTS}, places, about.pop("names"), about)
 
 
 def _find(run: Run, kind: str, work: Path) -> dict[str, Any]:
@@ -104,7 +95,10 @@ def _find(run: Run, kind: str, work: Path) -> dict[str, Any]:
     labels = {part: run.data.splits[part].labels for part in PARTS}
     fitted: Strata | Slices = _clusters(run, seen["train"]) if kind == "clusters" else _slices(run, seen["train"], kind)
     codes: dict[str, Any] = {part: fitted.assign(seen[part].features, labels[part]) for part in PARTS}
-    np.savez(work / "codes.npz", **codes)
+    places = {
+        f"{part}_places": places_of(fitted.responsibilities(seen[part].features, labels[part])) for part in PLACED
+    }
+    np.savez(work / "codes.npz", **codes, **places)
     if isinstance(fitted, Slices):
         return {"names": [f"slice {i}" for i in range(fitted.count)], "gap": fitted.gap.tolist()}
     return {

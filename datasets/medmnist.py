@@ -210,6 +210,7 @@ def _coarsened(data: Data, coarse: Coarse) -> Data:
     for name, split in data.splits.items():
         labels = np.isin(split.labels, coarse.of_positive).astype(np.int64)
         splits[name] = replace(split, labels=labels, latents={**split.latents, "fine": split.labels})
+    values = {**data.attribute_values, "fine": list(data.classes)}
     held = ", ".join(data.classes[c] for c in coarse.of_positive)
     note = f"coarse labels: {coarse.positive} (positive, 1) is {held}; {coarse.negative} (0) the other classes"
     return replace(
@@ -218,6 +219,7 @@ def _coarsened(data: Data, coarse: Coarse) -> Data:
         classes=[coarse.negative, coarse.positive],
         splits=splits,
         positive=1,
+        attribute_values=values,
         notes=[*data.notes, note],
     )
 

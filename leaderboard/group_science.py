@@ -58,7 +58,8 @@ def of_groups(
         names = {kind: s.names for kind, s in groups.strata.items()}
         truths = {name: views["test"] for name, views in groups.truths.items()}
         classes = [str(c) for c in next(iter(next(iter(cells.values())).values())).record["data"]["classes"]]
-        found["strata"] = strata.strata_science(cells, codes, names, truths, classes)
+        places = {kind: s.places["test"] for kind, s in groups.strata.items()}
+        found["strata"] = strata.strata_science(cells, codes, names, truths, classes, groups.attributes, places)
         found["found"] = {kind: s.about for kind, s in groups.strata.items()}
     found["comparators"] = versus(cells, suite.k, suite.margin)
     return found

@@ -5,11 +5,12 @@
     suite, dataset                  its name; the content digest of its data
     declared                        what the suite declares: {strata: [...], truths: [...]}
     attributes                      {name: [name of value 0, ...]}
-    strata                          {kind: {names: [...], val: codes, test: codes, about: {...}}}
-    truths                          {name: {val: codes, test: codes}}, 0 or 1, of a synthetic set
+    strata                          {kind: {names: [...], val: codes, test: codes, places: {val, test}, about: {...}}}
+    truths                          {name: {val: codes, test: codes}}: 0 or 1, or the classes that were merged
     references                      base seeds of the frozen networks that strata were found by
 
-Codes are text, one number per case in the order of the predictions, -1 for none: `"0 1 -1 2"`.
+Codes are text, one number per case in the order of the predictions, -1 for none: `"0 1 -1 2"`; so are places, a case's
+in the order of how firmly its stratum holds it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ FILES = "groups"
 
 @dataclass(frozen=True)
 class Stratification:
-    """Strata of one kind: names of the codes, codes int64 [sample] by view, and what the search said."""
+    """Strata of one kind: names of the codes, codes and places int64 [sample] by view, and what the search said."""
 
     names: list[str]
     codes: dict[str, np.ndarray]
+    places: dict[str, np.ndarray]
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +59,12 @@ def declared(suite: Suite) -> dict[str, list[str]]:
 def to_text(groups: Groups) -> str:
     """Return the file's text: sorted keys, a line per array of codes."""
     strata = {
-        kind: {"names": s.names, "about": s.about, **{view: _line(codes) for view, codes in s.codes.items()}}
+        kind: {
+            "names": s.names,
+            "about": s.about,
+            "places": {view: _line(places) for view, places in s.places.items()},
+            **{view: _line(codes) for view, codes in s.codes.items()},
+        }
         for kind, s in groups.strata.items()
     }
     truths = {name: {view: _line(codes) for view, codes in views.items()} for name, views in groups.truths.items()}
@@ -71,7 +78,12 @@ def load_groups(folder: Path, suite: Suite) -> Groups | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         strata = {
-            kind: Stratification(list(s["names"]), {view: _codes(s[view]) for view in ("val", "test")}, s["about"])
+            kind: Stratification(
+                list(s["names"]),
+                {view: _codes(s[view]) for view in ("val", "test")},
+                {view: _codes(s["places"][view]) for view in ("val", "test")},
+                s["about"],
+            )
             for kind, s in content.pop("strata").items()
         }
         truths = {n: {view: _codes(t[view]) for view in ("val", "test")} for n, t in content.pop("truths").items()}

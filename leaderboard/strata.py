@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,8 +64,9 @@ test patients. p: as large in random strata; **bold** as above ({found} of {test
 TRUTHS = """\
 Of the cases of a class, those that have what is known or, where most have it, those that have not. *found as*: the
 stratum that says most about it (phi coefficient); *precision*: share of that stratum that belongs to it, beside its
-share of the class; *recall*: share of it that is in the stratum; *ARI*: adjusted Rand index of all strata of the class
-with it; p: random strata that say as much. *accuracy*: of the base networks, there and in the rest of the class.
+share of the class; *recall*: share of it that is in the stratum; *at 10*: the largest share of it among the ten cases
+that a stratum holds most firmly; *ARI*: adjusted Rand index of all strata of the class with it (of merged classes: with
+all of them); p: random strata that say as much. *accuracy*: of the base networks, there and in the rest of the class.
 """
 
 
@@ -74,11 +76,14 @@ def strata_science(
     names: Mapping[str, Sequence[str]],
     truths: Mapping[str, np.ndarray] | None = None,
     classes: Sequence[str] = (),
+    values: Mapping[str, Sequence[str]] | None = None,
+    places: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Return what is measured on strata, by their kind; empty without cells, for multi-label tasks, and without codes.
 
     codes: kind ("clusters", "slices") -> int64 [sample] on test, in the order of the predictions, -1 for none; names:
-    kind -> names of the codes; truths: name -> 0 or 1 [sample] on test, -1 unknown; classes: names of the classes.
+    kind -> names of the codes; truths: name -> 0 or 1 [sample] on test, -1 unknown, or the classes that were merged;
+    classes: names of the classes; values: truth -> names of the merged classes; places: kind -> [sample] on test.
 
     Of a kind: strata: name, cases, patients, whether it counts, accuracy of the base networks; rows: label -> values;
     truths: one entry per known truth and class that has both kinds of cases.
@@ -102,7 +107,15 @@ def strata_science(
             "truths": [
                 entry
                 for name, truth in (truths or {}).items()
-                for entry in _truths(context, of_cases, names[kind], name, truth, classes, bases, seed)
+                for entry in _truths(
+                    context,
+                    of_cases,
+                    names[kind],
+                    _Truth(name, truth, (values or {}).get(name, ()), (places or {}).get(kind)),
+                    classes,
+                    bases,
+                    seed,
+                )
             ],
         }
     return out
@@ -190,38 +203,60 @@ def _ends(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_low": _number(interval.low), f"{name}_high": _number(interval.high)}
 
 
+@dataclass(frozen=True)
+class _Truth:
+    """A known truth of the cases: name, codes [sample] (-1 unknown), names of merged classes, and places of the cases."""
+
+    name: str
+    codes: np.ndarray
+    values: Sequence[str]
+    places: np.ndarray | None
+
+    def within(self, inside: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what some cases, bool [sample], may have, by name: bool [case of these].
+
+        Of a truth that a case has or has not, the rarer side; of merged classes, each that is there.
+        """
+        codes = self.codes[inside]
+        if not self.values:
+            has = codes > 0
+            return {self.name: has} if has.mean() <= 0.5 else {f"no {self.name}": ~has}
+        return {self.values[code]: codes == code for code in np.unique(codes)}
+
+
 def _truths(
     context: Context,
     codes: np.ndarray,
     names: Sequence[str],
-    name: str,
-    truth: np.ndarray,
+    truth: _Truth,
     classes: Sequence[str],
     bases: np.ndarray,
     seed: int,
 ) -> Iterable[dict[str, Any]]:
     """Yield how well the strata show a known truth in every class that has cases with and without it."""
     for label in np.unique(context.labels[context.known]):
-        inside = (context.labels == label) & (truth >= 0) & (codes >= 0)
-        has = truth[inside] > 0
-        if not has.any() or has.all():
-            continue
-        rarer = has if has.mean() <= 0.5 else ~has
-        entry: dict[str, Any] = {
-            "truth": name if has.mean() <= 0.5 else f"no {name}",
-            "class": classes[label] if len(classes) else str(label),
-            "cases": int(rarer.sum()),
-            "of": len(has),
-            "accuracy": float(bases[inside][rarer].mean()),
-            "accuracy_rest": float(bases[inside][~rarer].mean()),
-        }
-        try:
-            shown = found(rarer, codes[inside], context.bootstrap.index[inside], seed=seed)
-            entry |= vars(shown) | {"stratum": names[shown.stratum], "reason": ""}
-        except Undefined as reason:
-            entry |= dict.fromkeys(("stratum", "precision", "recall", "lift", "phi", "ari", "p"))
-            entry["reason"] = str(reason)
-        yield entry
+        inside = (context.labels == label) & (truth.codes >= 0) & (codes >= 0)
+        for name, has in truth.within(inside).items() if inside.any() else ():
+            if not has.any() or has.all():
+                continue
+            entry: dict[str, Any] = {
+                "truth": name,
+                "class": classes[label] if len(classes) else str(label),
+                "cases": int(has.sum()),
+                "of": len(has),
+                "accuracy": float(bases[inside][has].mean()),
+                "accuracy_rest": float(bases[inside][~has].mean()),
+            }
+            parts = truth.codes[inside] if truth.values else None
+            places = None if truth.places is None else truth.places[inside]
+            try:
+                shown = found(has, codes[inside], context.bootstrap.index[inside], places, parts, seed=seed)
+                entry |= vars(shown) | {"stratum": names[shown.stratum], "firmest": _number(shown.firmest)}
+                entry["reason"] = ""
+            except Undefined as reason:
+                entry |= dict.fromkeys(("stratum", "precision", "recall", "lift", "phi", "ari", "firmest", "p"))
+                entry["reason"] = str(reason)
+            yield entry
 
 
 def _number(value: float) -> float | None:
@@ -289,12 +324,13 @@ def _truth_table(truths: Sequence[Science]) -> list[str]:
     if not truths:
         return []
     header = ["known stratum", "cases", "accuracy", "rest", "found as", "precision", "share", "recall", "lift"]
-    lines = [[*header, "ARI", "p"]]
+    lines = [[*header, "at 10", "ARI", "p"]]
     for t in truths:
         base = [number(t["accuracy"], "rate"), number(t["accuracy_rest"], "rate"), t["stratum"] or NONE]
         how = [number(t["precision"], "rate"), number(t["cases"] / t["of"], "rate"), number(t["recall"], "rate")]
         rest = [
             number(t["lift"], "number"),
+            number(t["firmest"], "rate"),
             NONE if t["ari"] is None else end(t["ari"], "number"),
             number(t["p"], "rate"),
         ]

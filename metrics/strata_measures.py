@@ -201,7 +201,8 @@ class Found:
 
     stratum: the one that says most about it (largest phi coefficient); precision: share of that stratum that belongs to
     the truth, recall: share of the truth that is in it, lift: precision over the share of the truth among all cases;
-    ari: adjusted Rand index of all strata with the truth; p: share of random strata whose largest phi is as large.
+    ari: adjusted Rand index of all strata with the truth; firmest: precision at 10 (see `precision_at`), NaN where no
+    stratum has 10 cases or their places are not known; p: share of random strata whose largest phi is as large.
     """
 
     stratum: int
@@ -210,19 +211,31 @@ class Found:
     lift: float
     phi: float
     ari: float
+    firmest: float
     p: float
 
 
-def found(truth: np.ndarray, codes: np.ndarray, patient: np.ndarray, draws: int = PERMUTATIONS, seed: int = 0) -> Found:
+def found(
+    truth: np.ndarray,
+    codes: np.ndarray,
+    patient: np.ndarray,
+    places: np.ndarray | None = None,
+    parts: np.ndarray | None = None,
+    draws: int = PERMUTATIONS,
+    seed: int = 0,
+) -> Found:
     """Return how well strata show a known stratum of one class.
 
-    truth: bool [sample]; codes: int [sample], -1 left out; patient: codes [sample]. All of one class. Raises Undefined
-    where the truth holds all or none of the cases, or they have one code. Source of the index: Hubert and Arabie
-    (J. Classification 1985).
+    truth: bool [sample]; codes: int [sample], -1 left out; patient: codes [sample]; places: see `places_of`; parts: int
+    [sample], the partition that the truth is one part of and the index is taken with, by default the truth and the
+    rest. All of one class. Raises Undefined where the truth holds all or none of the cases, or they have one code.
+    Source of the index: Hubert and Arabie (J. Classification 1985).
     """
     from sklearn.metrics import adjusted_rand_score
 
     known = codes >= 0
+    parts = (truth if parts is None else parts)[known]
+    places = None if places is None else places[known]
     truth, codes, patient = truth[known].astype(bool), codes[known], patient[known]
     if not truth.any() or truth.all():
         raise Undefined(f"{int(truth.sum())} of {len(truth)} cases belong to it")
@@ -241,21 +254,46 @@ def found(truth: np.ndarray, codes: np.ndarray, patient: np.ndarray, draws: int 
         recall,
         precision / float(truth.mean()),
         float(phi[best]),
-        float(adjusted_rand_score(truth, codes)),
+        float(adjusted_rand_score(parts, codes)),
+        _firmest(truth, codes, places),
         _share(null >= phi[best] - _ROUNDING),
     )
 
 
-def precision_at(truth: np.ndarray, responsibilities: np.ndarray, k: int = 10) -> float:
+def places_of(responsibilities: np.ndarray) -> np.ndarray:
+    """Return each case's place in the order of how firmly its own stratum holds it, the firmest first, int [sample].
+
+    By the sum of the other strata's posterior probabilities, which is exact where that of its own has rounded to 1;
+    ties by the order of the cases. responsibilities: [sample, stratum].
+    """
+    rows = np.arange(len(responsibilities))
+    others = responsibilities.copy()
+    others[rows, responsibilities.argmax(axis=1)] = 0.0
+    places = np.empty(len(rows), np.int64)
+    places[np.argsort(others.sum(axis=1), kind="stable")] = rows
+    return places
+
+
+def precision_at(truth: np.ndarray, codes: np.ndarray, places: np.ndarray, k: int = 10) -> float:
     """Return the largest share of a known stratum among the k cases that a found one holds most firmly.
 
-    `max_s mean_{i in top k of s} truth_i`. truth: bool [sample]; responsibilities: [sample, stratum], ties by order of
-    the cases. Raises Undefined for fewer than k cases. Source: Eyuboglu et al. (ICLR 2022), precision at 10.
+    `max_s mean_{i of the k firmest of s} truth_i`, over the strata of k cases and more. truth: bool [sample]; codes: of
+    the strata [sample], -1 left out; places: see `places_of`, smaller is firmer. Raises Undefined where no stratum has
+    k cases. Source: Eyuboglu et al. (ICLR 2022), precision at 10.
     """
-    if len(truth) < k:
-        raise Undefined(f"{len(truth)} cases of {k}")
-    top = np.argsort(-responsibilities, axis=0, kind="stable")[:k]
-    return float(np.asarray(truth, np.float64)[top].mean(axis=0).max())
+    order = np.argsort(places, kind="stable")
+    firmest = [order[codes[order] == s][:k] for s in np.unique(codes[codes >= 0])]
+    shares = [float(truth[cases].mean()) for cases in firmest if len(cases) == k]
+    if not shares:
+        raise Undefined(f"no stratum has {k} cases")
+    return max(shares)
+
+
+def _firmest(truth: np.ndarray, codes: np.ndarray, places: np.ndarray | None) -> float:
+    try:
+        return float("nan") if places is None else precision_at(truth, codes, places)
+    except Undefined:
+        return float("nan")
 
 
 def rediscovery(findings: Sequence[np.ndarray], labels: np.ndarray) -> float:

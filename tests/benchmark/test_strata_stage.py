@@ -76,6 +76,7 @@ def test_the_groups_of_a_suite_hold_names_strata_and_truths(run):
     assert made.attributes["sex"] == ["F", "M"] and made.dataset == run.data.digest
     assert made.truths["drain"]["test"].tolist() == run.data.splits["test"].latents["drain"].astype(int).tolist()
     assert {view: len(c) for view, c in made.strata["slices"].codes.items()} == {"val": 40, "test": 40}
+    assert sorted(made.strata["slices"].places["test"]) == list(range(40))
 
 
 def test_a_truth_that_the_data_do_not_have_is_told_with_those_they_have(run):

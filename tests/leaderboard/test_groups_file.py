@@ -24,7 +24,7 @@ def groups(suite: Suite) -> Groups:
         dataset="d" * 64,
         declared={"strata": ["clusters"], "truths": ["drain"]},
         attributes={"sex": ["F", "M"]},
-        strata={"clusters": Stratification(["no", "yes"], codes, {"rediscovered": 0.5})},
+        strata={"clusters": Stratification(["no", "yes"], codes, codes, {"rediscovered": 0.5})},
         truths={"drain": {view: (c > 0).astype(np.int64) for view, c in codes.items()}},
         references=[101],
     )

@@ -12,6 +12,7 @@ from multiplicity_bench.leaderboard.suite import load_suite
 from multiplicity_bench.metrics.api import Predictions, Settings
 from multiplicity_bench.metrics.decisions import disagreement, votes
 from multiplicity_bench.metrics.strata_measures import explained, worst_stratum
+from sklearn.metrics import adjusted_rand_score
 
 CASES = 320
 PATIENT = np.repeat(np.arange(CASES // 2), 2)
@@ -104,6 +105,23 @@ def test_known_truths_are_shown_by_the_rarer_side_in_every_class(science):
     assert missed["accuracy"] < missed["accuracy_rest"] - 0.1
 
 
+def test_merged_classes_are_shown_one_by_one_with_the_index_of_all_and_the_precision_of_the_firmest(cells):
+    fine = np.where(np.random.default_rng(3).random(CASES) < 0.85, CODES, 2 * LABELS)
+    places = np.argsort(np.argsort(fine != CODES, kind="stable"), kind="stable")  # those rightly placed come first
+    values = {"fine": ["cyst", "normal", "mass", "node"]}
+    made = strata_science(
+        cells, {"clusters": CODES}, NAMES, {"fine": fine}, ["healthy", "ill"], values, {"clusters": places}
+    )["clusters"]["truths"]
+    assert [(t["truth"], t["class"]) for t in made] == [
+        ("cyst", "healthy"), ("normal", "healthy"), ("mass", "ill"), ("node", "ill")
+    ]  # fmt: skip
+    for t in made:
+        inside = np.equal(LABELS, ["healthy", "ill"].index(t["class"]))
+        assert t["ari"] == pytest.approx(adjusted_rand_score(fine[inside], CODES[inside]))
+        assert (t["firmest"] == 1.0 and t["precision"] < 1.0) or t["truth"] in ("normal", "node")
+        assert t["cases"] == (fine == values["fine"].index(t["truth"])).sum()
+
+
 def test_a_class_that_was_not_cut_has_no_found_stratum_and_unknown_truths_are_left_out(cells):
     drain = np.where(np.arange(CASES) < 20, -1, DRAIN)
     codes = np.where(LABELS == 0, 0, CODES)
@@ -127,6 +145,7 @@ def test_the_section_shows_every_row_and_says_what_is_missing(shown, science):
     assert "| `identical` (control) |" in text and "`laplace`" in text and "no drain in ill" in text
     assert "Undefined, no member was accepted: `swag`." in text
     table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert "at 10" in text
     assert len(table) == 3 and all("nan" not in line.lower() for line in table)
     assert "(2 of 2)" in text and "(2 of 2 lifts or shares)" in text
     assert max(map(len, (line for line in text.splitlines() if not line.startswith("|")))) <= 120

@@ -14,7 +14,7 @@ from multiplicity_bench.metrics.slices import (
     maximise,
     one_hot,
 )
-from multiplicity_bench.metrics.strata_measures import precision_at
+from multiplicity_bench.metrics.strata_measures import places_of, precision_at
 from scipy.stats import norm
 from sklearn.mixture import GaussianMixture
 
@@ -94,7 +94,7 @@ def test_a_planted_slice_of_errors_comes_first_and_is_found_on_other_cases_witho
     codes = found.assign(features, labels)
     assert found.gap[0] > 0.5 and (np.diff(found.gap) <= 0).all()
     assert hard[codes == 0].mean() > 0.9 and (codes == 0)[hard].mean() > 0.8
-    assert precision_at(hard, found.responsibilities(features, labels)) == 1
+    assert precision_at(hard, codes, places_of(found.responsibilities(features, labels))) == 1
 
 
 def test_predictions_of_the_new_cases_move_the_posterior_and_a_missing_label_says_nothing():

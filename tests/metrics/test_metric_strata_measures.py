@@ -14,6 +14,7 @@ from multiplicity_bench.metrics.strata_measures import (
     counted_strata,
     explained,
     found,
+    places_of,
     precision_at,
     random_strata,
     rediscovery,
@@ -207,8 +208,8 @@ def test_what_is_undefined_says_why():
         found(np.ones(60, bool), codes, np.arange(60))
     with pytest.raises(Undefined, match="was not cut"):
         found(np.arange(60) < 9, np.zeros(60, np.int64), np.arange(60))
-    with pytest.raises(Undefined, match="9 cases of 10"):
-        precision_at(np.ones(9, bool), np.ones((9, 2)))
+    with pytest.raises(Undefined, match="no stratum has 10 cases"):
+        precision_at(np.ones(18, bool), np.arange(18) % 2, np.arange(18))
     with pytest.raises(Undefined, match="none of 2 networks cuts a class"):
         rediscovery([labels, labels], labels)
 
@@ -231,8 +232,20 @@ def test_a_known_stratum_is_found_with_precision_recall_and_lift():
 
 def test_precision_at_ten_is_that_of_the_best_stratum():
     truth = np.arange(40) < 12
-    responsibilities = np.stack([np.linspace(0, 1, 40), np.where(np.arange(40) % 5, np.linspace(1, 0, 40), 0)], axis=1)
-    assert precision_at(truth, responsibilities) == pytest.approx(0.9)  # 1-4, 6-9 and 11 belong to it, 12 does not
+    sure = np.where(np.arange(40) % 5, np.linspace(1, 0.51, 40), 0.0)
+    responsibilities = np.stack([1 - sure, sure], axis=1)
+    codes, places = responsibilities.argmax(axis=1), places_of(responsibilities)
+    assert codes.sum() == 32 and (codes[::5] == 0).all()
+    assert precision_at(truth, codes, places) == pytest.approx(0.9)  # 1-4, 6-9 and 11 belong to it, 12 does not
+    codes[codes == 1] = -1
+    with pytest.raises(Undefined, match="no stratum has 10 cases"):
+        precision_at(truth, codes, places)
+
+
+def test_places_go_by_what_the_other_strata_are_given_even_where_the_own_share_rounds_to_one():
+    responsibilities = np.array([[1 - 1e-30, 1e-30], [1e-20, 1.0], [1.0, 1e-40], [0.4, 0.6]])
+    assert (responsibilities[:3].max(axis=1) == 1).all()
+    assert places_of(responsibilities).tolist() == [1, 2, 0, 3]
 
 
 def test_strata_of_different_networks_agree_within_classes_alone():
