@@ -96,6 +96,16 @@ def predict(
     return None if write is not None else np.concatenate(collected)
 
 
+def all_logits(
+    network: NetworkFunction, base: Trained, model_set: ModelSet, images: Tensor, strategy: str
+) -> np.ndarray:
+    """Return float32 logits [member + 1, sample, class], the base's first, all in the same strategy."""
+    of_base = predict_block(network, base_block(base), images, strategy).float().cpu().numpy()
+    members = predict(network, model_set, images, strategy=strategy)
+    assert members is not None  # nothing is streamed
+    return np.concatenate([of_base, members])
+
+
 def _loop(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
     if not block.params and not block.buffers:
         logits = network(block.shared_params, block.shared_buffers, images)

@@ -9,6 +9,7 @@ import numpy as np
 from ..datasets.api import Data
 from ..generators.modelset import ModelSet
 from ..metrics.evaluation import Evaluation
+from .views import Shifted
 
 
 def plain_score(score: Any) -> dict[str, Any]:
@@ -72,4 +73,17 @@ def data_section(data: Data) -> dict[str, Any]:
         if len(known) == len(patients)
         else None,
         "duplicates": data.duplicates,
+    }
+
+
+def views_section(seen: Shifted, digest: str) -> dict[str, Any]:
+    """Return what the record says about shifted views and other evidence; digest: of the arrays of their file."""
+    return {
+        "file": None,
+        "digest": digest,
+        "members": seen.members,
+        "views": sorted(seen.predictions),
+        "evidence": {where: sorted(named) for where, named in seen.evidence.items()},
+        "notes": list(seen.notes),
+        "seconds": seen.seconds,
     }

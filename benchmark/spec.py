@@ -22,6 +22,7 @@ from ..errors import UserError, suggest
 from ..generators.api import GENERATORS, Generator, choices
 from ..identity import digest, plain, row_label
 from ..metrics.api import LOSSES, Settings
+from ..metrics.views import EVIDENCE, View, parse_views
 from ..registry import Registry
 from .networks import NETWORKS
 from .train import Training
@@ -33,7 +34,10 @@ class Options:
 
     members: networks drawn; epsilon: tolerance of membership, in nats on val; epsilons: those at which acceptance is
     shown; k: the common number of members at which set metrics are compared; loss: that of membership; draws, seed: of
-    the bootstrap over patients; threads: CPU threads (0 = all); the rest is told by its name or in the README.
+    the bootstrap over patients; views: shifted views to predict on, as in [jpeg-3,pgd-4,ood-noise]; evidence: what else
+    to measure, of energy, max_logit, mahalanobis, knn, vim (detectors of outliers), saliency and membership;
+    view_members: networks of the set that both take; threads: CPU threads (0 = all); the rest is told by its name or in
+    the README.
     """
 
     dataset: Any = None
@@ -52,6 +56,9 @@ class Options:
     loss: str = Settings.loss
     draws: int = Settings.draws
     seed: int = Settings.seed
+    views: Any = field(default_factory=list)
+    evidence: Any = field(default_factory=list)
+    view_members: int = 20
     device: str = "auto"
     tf32: bool = False
     threads: int = 0
@@ -84,6 +91,11 @@ class Spec:
         """Return what the run declares about scoring."""
         o = self.options
         return Settings(o.epsilon, tuple(o.epsilons), o.k, o.loss, o.draws, o.seed)
+
+    @property
+    def views(self) -> list[View]:
+        """Return the shifted views that the run is asked for."""
+        return parse_views(self.options.views)
 
     def part(self, kind: str) -> dict[str, Any]:
         """Return {"name", "version", fields...} of one component."""
@@ -193,7 +205,7 @@ def set_numerics(spec: Spec) -> None:
 
 def _check(o: Options) -> None:
     least = dict.fromkeys(("threads", "base_seed", "generator_seed", "resample_seed", "seed"), 0)
-    for name, low in (least | {"members": 1, "k": 1, "draws": 1}).items():
+    for name, low in (least | {"members": 1, "k": 1, "draws": 1, "view_members": 1}).items():
         value = getattr(o, name)
         if value is not None and value < low:
             raise UserError(f"{name}={value} must be at least {low}")
@@ -203,3 +215,9 @@ def _check(o: Options) -> None:
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"epsilon={value:g} must be a finite number of at least 0 (nats on val)")
     choices(o.loss, "loss", LOSSES)
+    for name in ("views", "evidence"):
+        given = getattr(o, name)
+        setattr(o, name, [given] if isinstance(given, str) else list(given))
+    parse_views(o.views)
+    for kind in o.evidence:
+        choices(kind, "evidence", EVIDENCE)

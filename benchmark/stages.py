@@ -29,23 +29,34 @@ from ..generators.posterior import FromPosterior
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
 from ..leaderboard.predictions import PRECISION, arrays_predictions, predictions_arrays, save_predictions
+from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, view_arrays
 from ..metrics.api import Predictions
-from ..metrics.evaluation import Evaluation, catalogue, evaluate
+from ..metrics.evaluation import Evaluation, catalogue, evaluate, view_scores
 from .memory import PeakMemory
 from .networks import Network
 from .objectives import Grouping
 from .predict import base_block, choose_strategy, predict, predict_block
 from .progress import log, progress
 from .provenance import device_name, provenance
-from .sections import cost_section, data_section, plain_score, set_section
+from .sections import cost_section, data_section, plain_score, set_section, views_section
 from .spec import Spec, set_numerics
 from .store import FileCheckpoint, Stopwatch, Store, synchronise
 from .streaming import FilmStore, on_device
 from .train import bootstrap_rows as bootstrap
 from .train import gradient_norm, mean_loss, train
+from .views import Shifted, check_views, shifted
 
 WEIGHTS = "weights.safetensors"
 VIEWS = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen beside val and test: as computed, the arrays of its file, and what is read from them."""
+
+    found: Shifted
+    arrays: dict[str, np.ndarray]
+    file: ViewFile
 
 
 @dataclass
@@ -193,13 +204,8 @@ class Run:
 
         def compute(work: Path) -> dict[str, Any]:
             base, checkpoint = self.base(), FileCheckpoint(work)
-            stored = checkpoint.load("strategy")
-            strategy = (
-                bytes(stored["name"].tolist()).decode()
-                if stored
-                else choose_strategy(self.network, model_set, self.part("val").images)
-            )
-            checkpoint.save("strategy", {"name": torch.tensor(list(strategy.encode()), dtype=torch.uint8)})
+            images = self.part("val").images
+            strategy = checkpoint.once("strategy", lambda: choose_strategy(self.network, model_set, images))
             for view in VIEWS:
                 self._predict_view(work, checkpoint, view, base, model_set, strategy)
             return {"strategy": strategy}
@@ -217,6 +223,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass  # a folder that cannot be written to is told now, not after hours of work
+        check_views(self)
         try:
             reason = self.spec.generator.supports(self.problem())
             if reason:
@@ -227,6 +234,7 @@ class Run:
             arrays = predictions_arrays(views["val"], views["test"])
             val, test = arrays_predictions(arrays, self.data.task, self.data.positive)
             evaluation = evaluate(val, test, self.spec.settings)
+            seen = self._shifted(model_set, views, evaluation, {"val": val, "test": test})
         except Diverged as error:
             return self._write("failed", str(error))
         except (UserError, OSError, KeyboardInterrupt):
@@ -234,7 +242,22 @@ class Run:
         except Exception as error:
             self._write("failed", f"{type(error).__name__}: {error}", {"traceback": _traceback()})
             raise
-        return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, suite=suite)
+        return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, seen=seen, suite=suite)
+
+    def _shifted(
+        self,
+        model_set: ModelSet,
+        predictions: dict[str, Predictions],
+        evaluation: Evaluation,
+        parts: dict[str, Predictions],
+    ) -> Seen | None:
+        """Return what the run asks for beside val and test, if anything; parts: the predictions as committed."""
+        if not self.spec.options.views and not self.spec.options.evidence:
+            return None
+        strategy = self.store.about("predictions", self.keys["predictions"])["strategy"]
+        found = shifted(self, model_set, predictions, evaluation.accepted, strategy)
+        arrays = view_arrays(found.predictions, found.evidence, self.data.task)
+        return Seen(found, arrays, arrays_views(arrays, parts))
 
     def time_base_training(self) -> float:
         """Return the seconds that one base training (without polishing) would take in this process, now.
@@ -356,6 +379,7 @@ class Run:
         model_set: ModelSet | None = None,
         evaluation: Evaluation | None = None,
         arrays: dict[str, np.ndarray] | None = None,
+        seen: Seen | None = None,
         suite: str | None = None,
     ) -> tuple[dict[str, Any], Path]:
         settings = self.spec.settings
@@ -385,11 +409,18 @@ class Run:
             )
             strategy = self.store.about("predictions", self.keys["predictions"])["strategy"]
             record["predictions"] = {"file": None, "digest": array_digest(arrays), "strategy": strategy}
+            if seen is not None:
+                scores = view_scores(seen.file.predictions, evaluation.accepted, settings)
+                record["scores"] |= {key: plain_score(score) for key, score in scores.items()}
+                record["views"] = views_section(seen.found, array_digest(seen.arrays))
             if suite is not None:
-                sealed = records.seal(record)
-                path = folder.parent / "predictions" / suite / f"{sealed['name']}.npz"
+                name = records.seal(record)["name"]
+                path = folder.parent / "predictions" / suite / f"{name}.npz"
                 save_predictions(path, arrays)
                 record["predictions"]["file"] = path.name
+                if seen is not None:
+                    save_predictions(path.with_name(name + SUFFIX), seen.arrays)
+                    record["views"]["file"] = name + SUFFIX
         sealed = records.seal(record)
         return sealed, records.write(sealed, folder)
 

@@ -138,6 +138,14 @@ class FileCheckpoint:
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary)
         os.replace(temporary, path)
 
+    def once(self, name: str, choose: Callable[[], str]) -> str:
+        """Return the word that `choose` returned the first time it was asked for under this name."""
+        stored = self.load(name)
+        word = bytes(stored["word"].tolist()).decode() if stored else choose()
+        if not stored:
+            self.save(name, {"word": torch.tensor(list(word.encode()), dtype=torch.uint8)})
+        return word
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{digest(name)[:24]}.safetensors"
 

@@ -53,6 +53,8 @@ def compose_cell(suite: Suite, row: Row, base_seed: int, overrides: Sequence[str
         f"base_seed={base_seed}",
         f"generator_seed={suite.generator_seed}",
         f"device={suite.device}",
+        *(f"{name}={_text(list(getattr(suite, name)))}" for name in ("views", "evidence") if getattr(suite, name)),
+        f"view_members={suite.view_members}",
         *([f"threads={suite.threads}"] if suite.threads else []),
     ]
     # A later override of a group (dataset=...) drops the settings that the suite declared for another component.

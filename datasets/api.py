@@ -75,7 +75,8 @@ class Data:
     """A loaded dataset: the splits and what every reader of a table must know about them.
 
     classes: names of the classes (of the labels, if multi-label); positive: index of the positive class of a binary
-    task, else None; attribute_values: attribute (or coded latent) -> names of its codes; notes: caveats shown on the board;
+    task, else None; attribute_values: attribute (or coded latent) -> names of its codes; notes: caveats shown on the
+    board;
     exclusions: what was left out and why, a line each, which `prepare` adds to the notes; duplicates: exact duplicate
     images across splits, `"train/test" -> count`, filled by `prepare`;
     digest: SHA-256 of everything a result can depend on, filled by `prepare`; location: the file the data came from,

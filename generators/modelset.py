@@ -5,6 +5,7 @@ Member k depends only on (state, seed, k): never on the block size, or on where 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,13 @@ class ModelSet:
         """Yield all members in order, at most `max_members` at a time."""
         for start in range(0, self.size, max_members):
             yield self.block(start, min(start + max_members, self.size))
+
+    def first(self, members: int) -> ModelSet:
+        """Return the set of its first members, at most as many as there are; tensors are shared."""
+        few = copy.copy(self)
+        few.size = min(members, self.size)
+        few.failed = [m for m in self.failed if m < few.size]
+        return few
 
     def member(self, index: int) -> tuple[Leaves, Leaves]:
         """Return all parameters and buffers of one member, for deployment; UserError where it has none of its own."""

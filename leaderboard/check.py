@@ -16,14 +16,18 @@ from .predictions import load_arrays, load_predictions, predictions_digest
 from .render import render, render_csv
 from .science_files import science_problems
 from .suite import Suite, load_suite, suite_names
+from .view_files import SUFFIX, load_views, views_of
 
 FOLDER = Path(__file__).parent
 """The committed board: `records/`, `predictions/<suite>/`, `suites/`, LEADERBOARD.md and leaderboard.csv; what was
 computed from them, `science/<suite>.json`, SCIENCE.md and `figures/`."""
 
+FILED = ("predictions", records_module.VIEWS)
+"""Sections of a record that name a file of predictions/<suite>/."""
+
 BOARD, TABLE = "LEADERBOARD.md", "leaderboard.csv"
 LIMIT = 10_000_000
-"""Bytes of predictions that one suite may commit."""
+"""Bytes of predictions that one suite may commit, and as many of shifted views."""
 
 TOLERANCE = 1e-6
 
@@ -94,7 +98,7 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
     The file is looked for in `predictions_folder` and below. Values and intervals agree to 1e-6; only metrics the
     record's protocol names are computed. Raises UserError if there are no predictions, or they cannot be read.
     """
-    from ..metrics.evaluation import catalogue, evaluate
+    from ..metrics.evaluation import catalogue, evaluate, view_scores
 
     record, file = predictions_of(record_path, predictions_folder)
     differences = []
@@ -112,10 +116,20 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
         evaluation = evaluate(val, test, settings, names=sorted(protocol["metrics"]))
     except ValueError as error:
         raise UserError(f"{file}: cannot be scored ({error}): restore it") from error
+    computed = dict(evaluation.scores)
+    if record.get(records_module.VIEWS):
+        views = views_of(record, file)
+        if views is None:
+            differences.append(f"{file.name}: the file of its views is not beside it")
+        elif predictions_digest(load_arrays(views)) != record[records_module.VIEWS]["digest"]:
+            differences.append(f"{views}: is not the file that the record was made from (digest differs)")
+        else:
+            shown = load_views(views, {"val": val, "test": test}).predictions
+            computed |= view_scores(shown, evaluation.accepted, settings)
     accepted = [int(m) for m in evaluation.accepted]
     if accepted != record["set"]["accepted"]:
         differences.append(f"set.accepted: recorded {record['set']['accepted']}, from the predictions {accepted}")
-    return differences + list(_score_differences(record["scores"], evaluation.scores))
+    return differences + list(_score_differences(record["scores"], computed))
 
 
 def _score_differences(recorded: dict[str, dict[str, Any]], computed: dict[str, Score]) -> Iterator[str]:
@@ -148,29 +162,36 @@ def _record(path: Path) -> Record:
 def _predictions(folder: Path, board: list[Suite], records: list[Record]) -> Iterator[str]:
     root = folder / "predictions"
     committing = [suite for suite in board if suite.predictions]
-    by_file = {r["predictions"]["file"]: r for r in records if r["predictions"].get("file")}
+    by_file = {r[section]["file"]: (r, section) for r in records for section in FILED if _file(r, section)}
     present = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
     for path in present:
-        record = by_file.get(path.name)
+        record, section = by_file.get(path.name, (None, ""))
         if path.parent not in [root / suite.name for suite in committing] or record is None:
             yield f"{path}: belongs to no record of a board suite that commits predictions: remove it"
             continue
         try:
-            if predictions_digest(load_arrays(path)) != record["predictions"]["digest"]:
-                yield f"{path}: is not what record {record['name']} was made from, section 'predictions': restore it"
+            if predictions_digest(load_arrays(path)) != record[section]["digest"]:
+                yield f"{path}: is not what record {record['name']} was made from, section '{section}': restore it"
         except UserError as error:
             yield str(error)
     names = {path.name for path in present}
     for suite in committing:
         for record in (r for r in records if r["status"] == "ok" and is_candidate(suite, r)):
-            file = record["predictions"].get("file")
-            if file is None:
-                yield f"{record['name']}: names no predictions, which suite {suite.name} commits: run the suite again"
-            elif file not in names:
-                yield f"{root / suite.name / file}: is missing, record {record['name']} names it: restore it"
-        size = sum(path.stat().st_size for path in present if path.parent == root / suite.name)
-        if size > LIMIT:
-            yield f"{root / suite.name}: holds {size / 1e6:.1f} MB of predictions, over the limit of {LIMIT / 1e6:.0f}"
+            for section in FILED[: 2 if suite.views or suite.evidence else 1]:
+                file = _file(record, section)
+                if file is None:
+                    yield f"{record['name']}: names no {section}, which suite {suite.name} commits: run the suite again"
+                elif file not in names:
+                    yield f"{root / suite.name / file}: is missing, record {record['name']} names it: restore it"
+        own = [path for path in present if path.parent == root / suite.name]
+        for section, is_own in (("predictions", False), ("views", True)):
+            size = sum(path.stat().st_size for path in own if path.name.endswith(SUFFIX) == is_own)
+            if size > LIMIT:
+                yield f"{root / suite.name}: holds {size / 1e6:.1f} MB of {section}, over {LIMIT / 1e6:.0f}"
+
+
+def _file(record: Record, section: str) -> str | None:
+    return record.get(section, {}).get("file")
 
 
 def _differs(path: Path, text: str) -> Iterator[str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from ..metrics.api import METRICS, PerMember, Undefined
 from ..metrics.context import Context
@@ -31,9 +30,8 @@ from ..metrics.fairness import (
 )
 from ..metrics.group_rates import GroupRates
 from ..metrics.groups import Burden, burdens, case_quantities, group_sizes, intersect, mean_cases
-from ..metrics.intervals import CaseMean, Estimate, average, holm
-from ..metrics.selection import LEVEL
-from ..metrics.uncertainty import sources
+from ..metrics.intervals import CaseMean, Estimate, holm
+from .over_seeds import json_number, model_mean, over_seeds
 
 if TYPE_CHECKING:
     from .science import Cells, Evidence
@@ -232,20 +230,13 @@ def _split(
     members = _signed(gaps, [r.of_models(slice(2, None)) for r in rates]) if size > 0 else gaps
     patients = problems[0].bootstrap.patients
     return _Gaps(
-        base=_estimate(gaps, slice(0, 1), patients),
-        members=_estimate(gaps, slice(2, None), patients) if size > 0 else few,
-        ensemble=_estimate(gaps, slice(1, 2), patients) if size > 0 else few,
+        base=model_mean(gaps, slice(0, 1), patients),
+        members=model_mean(gaps, slice(2, None), patients) if size > 0 else few,
+        ensemble=model_mean(gaps, slice(1, 2), patients) if size > 0 else few,
         range=_range(members, None) if size > 0 else few,
         range_at_k=_range(members, k) if size > 0 else few,
         rates=[r.of_models(slice(0, 1)) for r in rates] if with_rates else [],
     )
-
-
-def _estimate(gaps: PerMember, models: slice, patients: int) -> Estimate:
-    """Return the mean over some models, about the first one, so that equal models have exactly its value."""
-    values, draws = gaps.values[models], gaps.draws[:, models]
-    value = values[0] + np.mean(values - values[0])
-    return Estimate(float(value), draws[:, 0] + np.mean(draws - draws[:, :1], axis=1), patients)
 
 
 def _signed(gaps: PerMember, rates: Sequence[GroupRates]) -> PerMember:
@@ -272,7 +263,7 @@ def _rates(rate: str, attribute: str, problems: Sequence[Context]) -> list[Group
 def _base(metric: str, by_seed: Mapping[int, _Gaps | Undefined]) -> dict[str, Any]:
     """Return the base's gap over base seeds: rates of the groups, what chance gives, the patients that it needs."""
     found = {seed: gaps for seed, gaps in by_seed.items() if isinstance(gaps, _Gaps)}
-    out = _over_seeds({seed: gaps.base for seed, gaps in found.items()}) | {"reason": _reason(by_seed)}
+    out = over_seeds({seed: gaps.base for seed, gaps in found.items()}) | {"reason": _reason(by_seed)}
     rates = [r for gaps in found.values() for r in gaps.rates]
     if not rates:
         return out
@@ -284,7 +275,7 @@ def _base(metric: str, by_seed: Mapping[int, _Gaps | Undefined]) -> dict[str, An
     limit, sd = (_root_mean_square(v) for v in ([s.limit() for s in spreads], sds))
     needed = patients_needed(next(iter(found.values())).base.n, limit, sd, out["value"])
     chance = mean_spread(spreads)
-    return out | {"chance": _number(chance.limit()), "p": _number(chance.p()), "needed": _number(needed)}
+    return out | {"chance": json_number(chance.limit()), "p": json_number(chance.p()), "needed": json_number(needed)}
 
 
 def _rate(rates: Mapping[int, Sequence[GroupRates]], group: int, least: float) -> dict[str, Any]:
@@ -294,7 +285,7 @@ def _rate(rates: Mapping[int, Sequence[GroupRates]], group: int, least: float) -
         own = [r.only([group]) for r in labels]
         draws = np.mean([r.draws[0, :, 0] for r in own], axis=0)
         estimates[seed] = Estimate(float(np.mean([r.values[0, 0] for r in own])), draws, 0)
-    return _over_seeds(estimates, least) | {"seeds": len(estimates)}
+    return over_seeds(estimates, least) | {"seeds": len(estimates)}
 
 
 def _root_mean_square(values: Sequence[float]) -> float:
@@ -306,42 +297,20 @@ def _set(by_seed: Mapping[int, _Gaps | Undefined]) -> dict[str, Any]:
     found = {seed: gaps for seed, gaps in by_seed.items() if isinstance(gaps, _Gaps)}
     out: dict[str, Any] = {}
     for name in ("members", "ensemble"):
-        mean = _over_seeds({s: e for s, g in found.items() if isinstance(e := getattr(g, name), Estimate)})
+        mean = over_seeds({s: e for s, g in found.items() if isinstance(e := getattr(g, name), Estimate)})
         out[name] = mean | {"seeds": len(mean["seeds"])}
     for name in ("range", "range_at_k"):
         spreads = [s for g in found.values() if isinstance(s := getattr(g, name), Spread)]
         out[name] = {"value": None, "null": None, "p": None, "seeds": len(spreads)}
         if spreads:
             pooled = mean_spread(spreads)
-            out[name] |= {"value": pooled.value, "null": _number(pooled.limit()), "p": _number(pooled.p())}
+            out[name] |= {"value": pooled.value, "null": json_number(pooled.limit()), "p": json_number(pooled.p())}
     reasons = [getattr(g, name) for g in found.values() for name in ("members", "range_at_k")]
     return out | {"reason": _reason(by_seed) or next((str(r) for r in reasons if isinstance(r, Undefined)), "")}
 
 
 def _reason(by_seed: Mapping[int, _Gaps | Undefined]) -> str:
     return next((str(gaps) for gaps in by_seed.values() if isinstance(gaps, Undefined)), "")
-
-
-def _over_seeds(estimates: Mapping[int, Estimate], least: float = 0.0) -> dict[str, Any]:
-    """Return the mean over base seeds, its interval over test patients and base seeds together, and every seed's value.
-
-    `sd^2 = var(draws of the mean) + s^2/B`, s the standard deviation between base seeds; t with `(B - 1) (sd^2 B /
-    s^2)^2` degrees of freedom, as in `selection.verdict`. least: no value is below it, and none above 1.
-    """
-    values = {seed: e.value for seed, e in estimates.items()}
-    if not estimates:
-        return {"value": None, "low_end": None, "high_end": None, "seeds": values}
-    mean = average(list(estimates.values()))
-    out = {"value": mean.value, "low_end": None, "high_end": None, "seeds": values}
-    kept = np.isfinite(mean.draws)
-    if not kept.any() or kept.mean() < 0.95:
-        return out
-    found = sources([e.draws[kept] for e in estimates.values()], [], list(values.values()))
-    between = found.bases**2 / len(values) if len(values) > 1 else 0.0
-    variance = found.patients**2 + between
-    df = (len(values) - 1) * (variance / between) ** 2 if between > 0 else math.inf
-    reach = float(stdtrit(df, LEVEL)) * math.sqrt(variance)
-    return out | {"low_end": max(mean.value - reach, least), "high_end": min(mean.value + reach, 1.0)}
 
 
 def _burdens(cells: Cells, codes: Mapping[str, np.ndarray], k: int) -> dict[str, Any]:
@@ -373,7 +342,7 @@ def _burdens(cells: Cells, codes: Mapping[str, np.ndarray], k: int) -> dict[str,
     for tests in out.values():
         rows = [row for of_attribute in tests.values() for row in of_attribute.values()]
         for row, p in zip(rows, holm([math.nan if row["p"] is None else row["p"] for row in rows])):
-            row["adjusted"] = _number(p)
+            row["adjusted"] = json_number(p)
     return out
 
 
@@ -386,21 +355,16 @@ def _burden(burden: Burden | Undefined, patients: int) -> dict[str, Any]:
     groups = {}
     for code, mean in zip(burden.groups, burden.estimates):
         of_group = mean.interval()
-        groups[code] = [mean.value, _number(of_group.low), _number(of_group.high)]
+        groups[code] = [mean.value, json_number(of_group.low), json_number(of_group.high)]
     return {
         "groups": groups,
         "most": burden.most,
         "least": burden.least,
         "gap": gap.value,
-        "low_end": _number(ends.low),
-        "high_end": _number(ends.high),
+        "low_end": json_number(ends.low),
+        "high_end": json_number(ends.high),
         "chance": burden.limit,
         "p": burden.p,
-        "needed": _number(patients_needed(patients, burden.limit, sd, gap.value)),
+        "needed": json_number(patients_needed(patients, burden.limit, sd, gap.value)),
         "reason": "",
     }
-
-
-def _number(value: float) -> float | None:
-    """Return a number as JSON says it, null for what is not finite."""
-    return float(value) if math.isfinite(value) else None

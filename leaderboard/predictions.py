@@ -39,9 +39,9 @@ def predictions_arrays(val: Predictions, test: Predictions) -> dict[str, np.ndar
     arrays: dict[str, np.ndarray] = {}
     for view, p in zip(VIEWS, (val, test)):
         logits = arrays[f"{view}_logits"] = np.empty(p.logits.shape, PRECISION)
-        for rounded, member in zip(logits, p.logits):  # one by one: in float64, all members may not fit
-            rounded[:] = _rounded(member, p.task)
-        arrays[f"{view}_base"] = _rounded(p.base, p.task)
+        for row, member in zip(logits, p.logits):  # one by one: in float64, all members may not fit
+            row[:] = rounded(member, p.task)
+        arrays[f"{view}_base"] = rounded(p.base, p.task)
         codes = {"labels": p.labels, "patient": p.patient, "ids": p.ids}
         codes |= {ATTRIBUTE + name: values for name, values in p.attributes.items()}
         arrays |= {f"{view}_{name}": np.asarray(c, np.int64) for name, c in codes.items() if c is not None}
@@ -121,7 +121,7 @@ def _view(view: str, arrays: Mapping[str, np.ndarray], task: str, positive: int 
     )
 
 
-def _rounded(logits: np.ndarray, task: str) -> np.ndarray:
+def rounded(logits: np.ndarray, task: str) -> np.ndarray:
     """Return logits [sample, class] as float16; those that are not finite stay as they are, for `evaluate` to name."""
     z = np.asarray(logits, np.float64)
     finite = np.isfinite(z)

@@ -15,13 +15,16 @@ from ..identity import digest, plain
 SCHEMA = 1
 SECTIONS = ("identity", "scores", "set", "data", "cost", "provenance", "predictions")
 """Sections with a digest of their own; `scores` covers `protocol` and `scores`, for epsilon and k define the scores."""
+VIEWS = "views"
+"""A section that a record has if its run was asked for shifted views or other evidence."""
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
     """Return `record` with `schema`, `key`, `name` and `digests` computed from its sections.
 
     A record has: row (name on the board), status ok | skipped | failed, reason ("" if ok), identity, protocol, scores,
-    set, data, cost, provenance, predictions. NaN becomes null; a null score must carry a reason.
+    set, data, cost, provenance, predictions, and views if it was asked for some. NaN becomes null; a null score must
+    carry a reason.
     """
     record = _without_nan(record)
     for key, score in record["scores"].items():
@@ -40,7 +43,7 @@ def digests(record: dict[str, Any]) -> dict[str, str]:
     covered = {"scores": ("protocol", "scores"), "outcome": ("row", "status", "reason")}
     return {
         section: digest({s: record[s] for s in covered[section]} if section in covered else record[section])
-        for section in (*SECTIONS, "outcome")
+        for section in (*SECTIONS, "outcome", *([VIEWS] if VIEWS in record else []))
     }
 
 

@@ -28,12 +28,14 @@ from ..metrics.ladder import ladder, specifications
 from ..metrics.membership import Membership, membership
 from ..metrics.selection import Selection, select, settle, verdict
 from ..metrics.variance import decompose
+from . import desiderata
 from .cells import Record, Table
 from .comparators import rivals
 from .group_science import attach, group_inputs, of_groups
 from .groups import load_groups
 from .predictions import load_predictions
 from .render import REFERENCE
+from .view_files import ViewFile, load_views, views_of
 
 VERSION = 1
 RESAMPLED = "retrain[resample=bootstrap]"
@@ -48,7 +50,7 @@ DIGITS = 6
 class Evidence:
     """What one cell of a suite says: its record, and its predictions on val and test, made into contexts on demand.
 
-    min_patients: that a group needs to count, as the suite declares.
+    min_patients: that a group needs to count, as the suite declares; views: what was committed beside val and test.
     """
 
     record: Record
@@ -56,6 +58,7 @@ class Evidence:
     test: Predictions
     settings: Settings
     min_patients: int = MIN_PATIENTS
+    views: ViewFile | None = None
 
     @cached_property
     def membership(self) -> Membership:
@@ -97,7 +100,9 @@ def evidence(table: Table, folder: Path) -> Cells:
                 continue
             path = folder / "predictions" / table.suite.name / file
             val, test = load_predictions(path, record["data"]["task"], record["data"]["positive"])
-            own = Evidence(record, val, test, table.suite.settings, table.suite.min_patients)
+            views = views_of(record, path)
+            shown = load_views(views, {"val": val, "test": test}) if views else None
+            own = Evidence(record, val, test, table.suite.settings, table.suite.min_patients, shown)
             cells.setdefault(row.label, {})[seed] = own
     return cells
 
@@ -113,6 +118,8 @@ def inputs(table: Table) -> str:
         "suite": [*declared, suite.draws, suite.seed],
         "science": [VERSION, versions],
     }
+    if seen := {r["name"]: r["views"]["digest"] for r in table.records if r.get("views")}:
+        told["views"] = [seen, desiderata.version()]
     if suite.min_patients != MIN_PATIENTS:  # what was computed before a suite could declare it stays valid
         told["min_patients"] = suite.min_patients
     return digest(told)
@@ -136,6 +143,19 @@ def compute(table: Table, folder: Path, progress: Callable[[str], None] = lambda
         progress(f"{suite.name}: {text}")
 
     told = parts(cells, suite.k, suite.epsilon, suite.margin, apart, say)
+    say("shifted views")
+    told["desiderata"] = desiderata.desiderata(
+        desiderata.sights(cells),
+        suite.k,
+        lambda seen, names, wanted: selections(
+            {label: {s: Both(x.val, x.test) for s, x in row.items()} for label, row in seen.items()},
+            suite.k,
+            suite.epsilon,
+            suite.margin,
+            names,
+            wanted,
+        ),
+    )
     return plain_values(about | told | of_groups(cells, suite, groups, say))
 
 
@@ -167,12 +187,32 @@ def to_text(science: Mapping[str, Any]) -> str:
     return json.dumps(science, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def selections(cells: Cells, k: int, epsilon: float, margin: float) -> dict[str, Any]:
-    """Return criterion -> row -> what the validation-best member is worth, with the verdicts of the whole table."""
+@dataclass(frozen=True)
+class Both:
+    """The members that are chosen from, one context per label, on val and on test."""
+
+    on_val: Sequence[Context]
+    on_test: Sequence[Context]
+
+
+def selections(
+    cells: Mapping[str, Mapping[int, Evidence | Both]],
+    k: int,
+    epsilon: float,
+    margin: float,
+    names: Sequence[str] | None = None,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> dict[str, Any]:
+    """Return criterion -> row -> what the validation-best member is worth, with the verdicts of the whole table.
+
+    names: criteria and properties (default: the criteria); wanted: which of their keys are in the table.
+    """
     found: dict[str, dict[str, dict[int, Selection | Undefined]]] = {}
     for label, seeds in cells.items():
         for seed, cell in seeds.items():
-            for name, result in select(cell.on_val, cell.on_test, k, epsilon, margin).items():
+            for name, result in select(cell.on_val, cell.on_test, k, epsilon, margin, names).items():
+                if not wanted(name):
+                    continue
                 found.setdefault(name, {}).setdefault(label, {})[seed] = result
     keys, verdicts = [], []
     for name, rows in found.items():

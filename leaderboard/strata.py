@@ -27,6 +27,7 @@ from ..metrics.strata_measures import (
     found,
     worst_stratum,
 )
+from .over_seeds import json_number
 from .suite import Suite
 from .text import NONE, end, markdown, number, paragraph
 
@@ -100,7 +101,7 @@ def strata_science(
         for p in ("worst_p", "lift_p", "share_p"):
             adjusted = holm([math.nan if row[p] is None else row[p] for row in rows.values()])
             for row, value in zip(rows.values(), adjusted):
-                row[f"{p}_adjusted"] = _number(value)
+                row[f"{p}_adjusted"] = json_number(value)
         out[kind] = {
             "strata": [_stratum(context, of_cases == g, name, bases) for g, name in enumerate(names[kind])],
             "rows": rows,
@@ -184,9 +185,9 @@ def _worst(result: WorstStratum, names: Sequence[str]) -> dict[str, Any]:
         **_ends("accuracy", result.accuracy.estimate),
         **_ends("excess", result.accuracy.excess),
         "worst_p": result.accuracy.p,
-        "same": _number(result.agreement),
+        "same": json_number(result.agreement),
         "entropy": result.entropy,
-        "stable": _number(result.stability),
+        "stable": json_number(result.stability),
         "members_excess": float(result.excess.mean()),
     }
 
@@ -200,12 +201,12 @@ def _explained(result: Explained, names: Sequence[str]) -> dict[str, Any]:
 
 def _ends(name: str, estimate: Estimate) -> dict[str, Any]:
     interval = estimate.interval()
-    return {name: estimate.value, f"{name}_low": _number(interval.low), f"{name}_high": _number(interval.high)}
+    return {name: estimate.value, f"{name}_low": json_number(interval.low), f"{name}_high": json_number(interval.high)}
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """A known truth of the cases: name, codes [sample] (-1 unknown), names of merged classes, and places of the cases."""
+    """A known truth: name, codes of the cases [sample] (-1 unknown), names of merged classes, places of the cases."""
 
     name: str
     codes: np.ndarray
@@ -251,17 +252,12 @@ def _truths(
             places = None if truth.places is None else truth.places[inside]
             try:
                 shown = found(has, codes[inside], context.bootstrap.index[inside], places, parts, seed=seed)
-                entry |= vars(shown) | {"stratum": names[shown.stratum], "firmest": _number(shown.firmest)}
+                entry |= vars(shown) | {"stratum": names[shown.stratum], "firmest": json_number(shown.firmest)}
                 entry["reason"] = ""
             except Undefined as reason:
                 entry |= dict.fromkeys(("stratum", "precision", "recall", "lift", "phi", "ari", "firmest", "p"))
                 entry["reason"] = str(reason)
             yield entry
-
-
-def _number(value: float) -> float | None:
-    """Return a number as JSON says it, null for what is not finite."""
-    return float(value) if math.isfinite(value) else None
 
 
 def section(suite: Suite, science: Science) -> list[str]:

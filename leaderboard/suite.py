@@ -21,6 +21,10 @@ rows are required:
     threads: int            CPU threads of every run; left out: the machine's own number
     device: str             cpu | cuda (cpu); one table is one type of device
     predictions: bool       whether predictions are committed beside the records (false)
+    views: [str]            shifted views that are predicted and committed, as in [jpeg-3, pgd-4, ood-noise] ([])
+    evidence: [str]         what else is measured and committed: energy | max_logit | mahalanobis | knn | vim (detectors
+                            of outliers) | saliency | membership ([])
+    view_members: int       members of every set that views and evidence take, the first ones (20)
     intersections: [str]    groups that the fairness page forms from attributes of the data, as in ["sex*view"] ([])
     min_patients: int       patients that a group needs to count (25)
     strata: [str]           hidden strata that are looked for: clusters | slices | disagreement ([])
@@ -51,6 +55,7 @@ import yaml
 from ..errors import UserError, suggest
 from ..identity import row_label
 from ..metrics.api import LOSSES, MIN_PATIENTS, Settings
+from ..metrics.views import EVIDENCE, parse_view
 
 SUITES = Path(__file__).parent / "suites"
 CONTROLS = ("identical", "logit_noise", "temperature")
@@ -116,6 +121,9 @@ class Suite:
     threads: int | None = None
     device: str = "cpu"
     predictions: bool = False
+    views: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    view_members: int = 20
     intersections: tuple[str, ...] = ()
     min_patients: int = MIN_PATIENTS
     strata: tuple[str, ...] = ()
@@ -310,6 +318,16 @@ def _product(where: str, value: Any) -> str:
     return "*".join(_name(where, name) for name in names)
 
 
+def _view(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be the name of a view, as in jpeg-3, not {_shown(value)}")
+    try:
+        parse_view(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return value
+
+
 def _flag(where: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{where} must be true or false, not {_shown(value)}")
@@ -381,6 +399,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threads": partial(_integer, least=1),
     "device": partial(_choice, known=DEVICES),
     "predictions": _flag,
+    "views": partial(_distinct, check=_view),
+    "evidence": partial(_distinct, check=partial(_choice, known=EVIDENCE)),
+    "view_members": partial(_integer, least=1),
     "intersections": partial(_distinct, check=_product),
     "min_patients": partial(_integer, least=5),
     "strata": partial(_distinct, check=partial(_choice, known=STRATA)),

@@ -16,6 +16,7 @@ from .context import Context, check_finite, contexts
 from .decisions import ambiguous
 from .intervals import CaseMean, Estimate, PatientBootstrap, average, wilson
 from .membership import Membership, membership
+from .views import SCORED
 
 _Results = dict[str, list[Estimate | Undefined]]
 
@@ -95,6 +96,18 @@ def score_view(
     return {
         key.replace("/", marked, 1): _score(functions[_name(key)].info, estimates) for key, estimates in results.items()
     }
+
+
+def view_scores(views: Mapping[str, Predictions], accepted: np.ndarray, settings: Settings) -> dict[str, Score]:
+    """Return the scores of the accepted members (indices; those that views have) on the views of test with labels."""
+    found: dict[str, Score] = {}
+    for key, predictions in views.items():
+        part, _, name = key.partition("/")
+        if part == "test" and (predictions.labels >= 0).any():
+            check_finite(predictions)
+            members = accepted[accepted < len(predictions.logits)]
+            found |= score_view(predictions, members, settings, SCORED, name)
+    return found
 
 
 def check_shapes(predictions: Predictions) -> None:

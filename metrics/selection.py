@@ -444,7 +444,9 @@ def _oriented(criterion: Metric, contexts: Sequence[Context], view: str, models:
 
 def _of(suffix: str, found: _Found) -> PerMember | Undefined:
     """Return what was found under a suffix, else the reason why the whole criterion has no value."""
-    return found.get(suffix, found.get("", Undefined("not given on both views and for every label")))
+    whole = found.get("")
+    missing = whole if isinstance(whole, Undefined) else Undefined("not given on both views and for every label")
+    return found.get(suffix, missing)
 
 
 def _mean(labels: list[PerMember | Undefined], sign: float) -> PerMember | Undefined:

@@ -1,0 +1,76 @@
+"""Cells of a suite with all that their sets were seen to do: contexts of val and test, views and evidence attached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..identity import derive_seed
+from ..metrics.context import Context, contexts
+from ..metrics.context import Evidence as Measured
+from ..metrics.intervals import PatientBootstrap
+from .view_files import ViewFile
+
+if TYPE_CHECKING:
+    from .science import Cells, Evidence
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One cell as val and test and all their views saw it: contexts per label, with `views` and `evidence` attached."""
+
+    cell: Evidence
+    members: np.ndarray
+    val: list[Context]
+    test: list[Context]
+
+
+Sights = dict[str, dict[int, Sight]]
+
+
+def sights(cells: Cells) -> Sights:
+    """Return row -> base seed -> sight, for the cells whose file of views is there."""
+    return {
+        label: {seed: sight(cell, cell.views) for seed, cell in row.items() if cell.views is not None}
+        for label, row in cells.items()
+        if any(cell.views is not None for cell in row.values())
+    }
+
+
+def sight(cell: Evidence, file: ViewFile) -> Sight:
+    """Return what the accepted members among those that views take were seen to do."""
+    taken = min((len(p.logits) for p in file.predictions.values()), default=len(cell.val.logits))
+    members = cell.accepted[cell.accepted < taken]
+    val, test = (attached(cell, file, part, members) for part in ("val", "test"))
+    return Sight(cell, members, val, test)
+
+
+def attached(cell: Evidence, file: ViewFile, part: str, members: np.ndarray) -> list[Context]:
+    """Return what some members were seen to do on `val` or `test`, one context per label."""
+    found = cell.problems(part, members)
+    for context in found:
+        context.evidence |= _evidence(file.evidence.get(part, {}), members)
+    for key, predictions in file.predictions.items():
+        of_part, _, name = key.partition("/")
+        if of_part != part:
+            continue
+        seed, draws = cell.settings.seed, cell.settings.draws
+        if predictions.labels.min(initial=0) < 0 <= found[0].labels.max():  # images of their own, that nobody labelled
+            seed = derive_seed(seed, "view", name) % 2**32
+        bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, draws, seed)
+        for context, shown in zip(found, contexts(predictions, members, bootstrap, seed), strict=True):
+            shown.evidence |= _evidence(file.evidence.get(key, {}), members)
+            context.views[name] = shown
+    return found
+
+
+def _evidence(arrays: Mapping[str, np.ndarray], members: np.ndarray) -> dict[str, Measured]:
+    return {
+        name: Measured(
+            values[1:][members].astype(np.float64) if len(values) > 1 else values[1:], values[0].astype(float)
+        )
+        for name, values in arrays.items()
+    }

@@ -1,0 +1,102 @@
+"""What a set's networks said of shifted views, and what else was measured of them, as one npz beside the predictions.
+
+Arrays are float16 with the base as their first row: `val/jpeg-3` [member + 1, sample, class] holds logits, and
+`test:saliency/gradient/spearman` or `test/ood-noise:detector/knn` evidence of a part or view. Numbers are rounded to 7
+binary digits, by at most 0.8 % of themselves: no sign changes, and files are half as large. Single-label logits are
+kept as in a predictions file, of two classes only their difference (second less first). Labels, patients and attributes
+stand in the predictions file: a view shows the same cases, or none that have any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..metrics.api import Predictions
+from ..metrics.views import OUTLIERS
+from .predictions import PRECISION, load_arrays, rounded
+
+SUFFIX = ".views.npz"
+DIGITS = 7
+
+
+@dataclass(frozen=True)
+class ViewFile:
+    """Predictions by view (`val/jpeg-3`), and evidence by part or view and name, float16 with the base first."""
+
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    evidence: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def view_arrays(
+    predictions: Mapping[str, Predictions], evidence: Mapping[str, Mapping[str, np.ndarray]], task: str
+) -> dict[str, np.ndarray]:
+    """Return the arrays of a file; numbers beyond float16 become its largest."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, p in predictions.items():
+        logits = np.concatenate([np.asarray(p.base)[None], p.logits])
+        if task != "multilabel" and logits.shape[-1] == 2:
+            logits = logits[..., 1:].astype(np.float64) - logits[..., :1]
+            arrays[name] = _clipped(logits)
+        else:
+            arrays[name] = _clipped(np.stack([rounded(row, task) for row in logits]))
+    for where, named in evidence.items():
+        arrays |= {f"{where}:{name}": _clipped(values) for name, values in named.items()}
+    return arrays
+
+
+def arrays_views(arrays: Mapping[str, np.ndarray], parts: Mapping[str, Predictions]) -> ViewFile:
+    """Return what a file holds; parts: the predictions on val and test that it stands beside."""
+    found = ViewFile()
+    for key, values in arrays.items():
+        where, _, name = key.partition(":")
+        if name:
+            found.evidence.setdefault(where, {})[name] = values
+        else:
+            found.predictions[key] = _shown(key, values, parts[key.partition("/")[0]])
+    return found
+
+
+def load_views(path: Path, parts: Mapping[str, Predictions]) -> ViewFile:
+    """Read a file that `view_arrays` made; UserError if it is absent, broken, or not of these predictions."""
+    try:
+        return arrays_views(load_arrays(path), parts)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: is no file of views ({error}): restore it") from error
+
+
+def views_of(record: Mapping[str, Any], predictions: Path) -> Path | None:
+    """Return the file of a record's views, beside that of its predictions; None where there is none."""
+    file = record.get("views", {}).get("file")
+    path = predictions.with_name(file) if file else None
+    return path if path is not None and path.is_file() else None
+
+
+def _shown(key: str, values: np.ndarray, part: Predictions) -> Predictions:
+    if part.task != "multilabel" and values.shape[-1] == 1:
+        values = np.concatenate([np.zeros_like(values), values], axis=-1)
+    members = len(values) - 1
+    own = replace(
+        part,
+        logits=values[1:],
+        base=values[0],
+        view=key,
+        ids=None,
+        failed=tuple(m for m in part.failed if m < members),
+    )
+    if not key.partition("/")[2].startswith(f"{OUTLIERS}-"):
+        return own
+    labels = np.full((values.shape[1], *part.labels.shape[1:]), -1, np.int64)
+    return replace(own, labels=labels, patient=None, attributes={})
+
+
+def _clipped(values: np.ndarray) -> np.ndarray:
+    """Return values to `DIGITS` binary digits, those beyond float16 as its largest number; NaN stays."""
+    largest = float(np.finfo(PRECISION).max)
+    mantissa, exponent = np.frexp(np.clip(np.asarray(values, np.float64), -largest, largest))
+    return np.clip(np.ldexp(np.round(mantissa * 2**DIGITS), exponent - DIGITS), -largest, largest).astype(PRECISION)
