@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from ..errors import UserError
-from ..generators.api import NetworkFunction, Trained, choices
+from ..generators.api import NetworkFunction, choices
 from ..generators.modelset import Block, ModelSet
 from ..identity import derive_seed
-from ..metrics.api import Undefined
-from .predict import BATCH, STRATEGIES, base_block, predict, predict_block
+from .predict import BATCH, STRATEGIES
 
 STEPS = {"fgsm": 1, "pgd": 10, "square": 200}
 """How many steps (of Square: queries) an attack takes by default."""
@@ -151,45 +149,6 @@ def choose_attack_strategy(network: NetworkFunction, model_set: ModelSet, images
             attack(network, block, few[:rows], unknown[:rows], Attack("fgsm"), 0, strategy).cpu()  # to read is to wait
             seconds[strategy] = time.perf_counter() - start
     return min(seconds, key=seconds.__getitem__)
-
-
-def transfer(
-    network: NetworkFunction,
-    model_set: ModelSet,
-    base: Trained,
-    images: Tensor,
-    labels: Tensor,
-    chosen: Attack,
-    sources: Sequence[int],
-    seed: int,
-    strategy: str | None = None,
-) -> np.ndarray:
-    """Return the accuracy, float64 [source, member + 1], of all members and, last, the base on the sources' images.
-
-    sources: members whose images all networks are shown, -1 the base; `accuracy[i, sources[i]]` is the white-box
-    accuracy. Cases without a label are not counted, labels of a multi-label task are pooled. strategy: of the
-    predictions. Raises Undefined when no case has a label, UserError for a source that is not in the set.
-    """
-    if not bool((labels >= 0).any()):
-        raise Undefined("no case has a label")
-    rows = []
-    for source in sources:
-        if not -1 <= source < model_set.size:
-            raise UserError(f"source {source} is not in the set: it has members 0 to {model_set.size - 1}, -1 the base")
-        crafted = base_block(base) if source < 0 else model_set.block(source, source + 1)
-        shown = attack(network, crafted, images, labels, chosen, seed)[0]
-        members = predict(network, model_set, shown, strategy=strategy)
-        assert members is not None  # nothing is streamed
-        of_base = predict_block(network, base_block(base), shown).float()
-        logits = torch.cat([torch.from_numpy(members), of_base.cpu()])
-        rows.append(_accuracies(logits, labels.cpu()))
-    return np.stack(rows)
-
-
-def _accuracies(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the share of the known labels that each network, logits [network, sample, class], decides rightly."""
-    decided = logits.argmax(-1) if labels.ndim == 1 else (logits > 0).long()
-    return (decided == labels)[:, labels >= 0].double().mean(dim=1).numpy()
 
 
 def _halving(run: Callable[[int], Tensor], images: Tensor) -> Tensor:

@@ -180,6 +180,8 @@ def _clean(args: argparse.Namespace) -> int:
         keep = key in needed
         if spec is not None and stage == "part":
             keep = spec["base"] in needed
+        elif spec is not None and stage == "view":
+            keep = spec["set"] in needed
         elif spec is not None and stage == "images":
             keep = any(_shows(dataset, spec) for dataset in datasets)
         action = "needed" if keep else "removed" if args.remove else "not needed"

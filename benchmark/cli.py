@@ -17,7 +17,8 @@ USAGE = """run-benchmark - do equally accurate networks decide alike?
   run-benchmark generator=swag dataset=breastmnist     one run
   run-benchmark -m generator=swag,laplace base_seed=0,1,2    a sweep
   run-benchmark suite=NAME|FILE [generator=X]          every cell of a suite, or one row of it
-  run-benchmark list=true                              generators, datasets, networks, metrics and suites
+  run-benchmark list=true                              generators, datasets, networks, metrics, views and suites
+  run-benchmark ... views=[jpeg-3,pgd-4,ood-noise] evidence=[saliency]    shifted data, and what else is measured
   run-benchmark ... dry_run=true                       the stages, and which of them are in the store
 
 Options (NAME=VALUE):
@@ -26,6 +27,10 @@ Options (NAME=VALUE):
   members            networks drawn (20)
   epsilon            tolerance of membership on val, in nats (0.05); others are shown at epsilons ([0.02,0.05,0.1])
   k                  common number of members at which sets are compared (5)
+  views              shifted views of val and test, CORRUPTION-SEVERITY, ATTACK-GREYLEVELS or ood-DATASET, as in
+                     [jpeg-3,test/pgd-4,ood-noise] (none), for the first view_members of a set (20)
+  evidence           what else is measured of these: energy, max_logit, mahalanobis, knn, vim (detectors of outliers),
+                     saliency, transfer (of attacks), membership (does it tell that a case was trained on?) (none)
   loss               loss of membership: nll, zero_one, auroc, balanced_accuracy, brier (nll)
   base_seed, generator_seed, resample_seed             seeds (0, 0, null: no resampling of the training data)
   device             auto, cpu or cuda (auto); tf32=true allows TF32
@@ -111,7 +116,7 @@ def run(config: Any) -> int:
 
 def run_one(config: Any) -> int:
     """Carry out one run and print its record's path and main scores."""
-    from ..leaderboard.terminal import summary_line
+    from ..leaderboard.terminal import summary_line, views_lines
     from .spec import build_spec
     from .stages import Run, Session
 
@@ -120,7 +125,7 @@ def run_one(config: Any) -> int:
         _print_plan(task)
         return 0
     record, path = task.record()
-    print(f"{path}\n{summary_line(record)}")
+    print("\n".join([str(path), summary_line(record), *views_lines(record)]))
     return 1 if record["status"] == "failed" else 0
 
 
@@ -233,7 +238,9 @@ def _help() -> None:
 
 def _list() -> None:
     from ..leaderboard.suite import suite_names
+    from .listing import describe_views
 
     for kind in ("generator", "dataset", "network", "metric"):
         print(f"{kind}s\n{_listing(kind, settings=True)}")
+    print(f"views\n{describe_views()}")
     print("suites\n  " + ", ".join(suite_names()))

@@ -18,3 +18,14 @@ def describe(kind: str, settings: bool = False) -> str:
         if entries[0].settings and settings:
             lines.append(f"      {', '.join(entries[0].settings)}")
     return "\n".join(lines) + "\n"
+
+
+def describe_views() -> str:
+    """Return the names that shifted views and other evidence are made of."""
+    from ..datasets.corruptions import CORRUPTIONS
+    from ..metrics.views import ATTACKS, EVIDENCE
+
+    lines = [f"  {name}-1 to {name}-5: {c.summary}" for name, c in CORRUPTIONS.items()]
+    lines += [f"  {name}-N: an attack, of N grey levels" for name in ATTACKS]
+    lines += ["  ood-noise, ood-DATASET: outliers", "evidence", f"  {', '.join(EVIDENCE)}"]
+    return "\n".join(lines) + "\n"

@@ -52,8 +52,11 @@ REPEATS = 5
 
 def main(names: list[str]) -> None:
     """Measure the named rows and figures (none: all), on the CPU and on a GPU where there is one; write both files."""
+    from . import speed_views
+
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     measures, figures = all_measures()
+    on_devices = (*MEASURES, *speed_views.MEASURES)
     known = {f.__name__ for f in (*measures, *figures)}
     if unknown := sorted(set(names) - known):
         raise SystemExit(f"{unknown[0]} is no row or figure: {', '.join(sorted(known))}")
@@ -61,7 +64,7 @@ def main(names: list[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for measure in measures:
         if (name := measure.__name__) in chosen:
-            results[name] = [measure(device) for device in devices] if measure in MEASURES else [measure()]
+            results[name] = [measure(device) for device in devices] if measure in on_devices else [measure()]
             for row in results[name]:
                 print(f"{name:<28} {row['device']:<5} {row['ratio']:.2f} x", file=sys.stderr)
     here = device_name(devices[0])
@@ -83,10 +86,11 @@ def main(names: list[str]) -> None:
 
 def all_measures() -> tuple[list[Callable[..., dict[str, Any]]], list[Callable[[], tuple[str, str]]]]:
     """Return the functions that measure rows, and those that measure figures."""
-    from . import speed_geodesics
+    from . import speed_geodesics, speed_views
 
-    figures = [phantom_rate, memory_of_1000_members, science_200x20000, strata_20000x512, *speed_geodesics.FIGURES]
-    return [*MEASURES, *DECODING, *speed_geodesics.MEASURES], figures
+    figures = [phantom_rate, memory_of_1000_members, science_200x20000, strata_20000x512]
+    figures += [*speed_views.FIGURES, *speed_geodesics.FIGURES]
+    return [*MEASURES, *DECODING, *speed_views.MEASURES, *speed_geodesics.MEASURES], figures
 
 
 def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def predict_set_smallcnn(device: torch.device) -> dict[str, Any]:
     """Time the prediction of 50 sampled members on 500 images against the usual `vector_to_parameters` loop."""
     data = _images(500, device)
     network = Network({"name": "smallcnn"}, 1, 28, 2)
-    members = _diagonal_set(network, 50, device)
+    members = diagonal_set(network, 50, device)
     module = network.module(*(_on(leaves, device) for leaves in network.init(0)))
     mean = torch.cat([leaf.reshape(-1) for leaf in members.mean.values()])
 
@@ -174,7 +178,7 @@ def memory_of_1000_members() -> tuple[str, str]:
     """
     device = torch.device("cpu")
     network, data = Network({"name": "smallcnn"}, 1, 28, 2), _images(200, device)
-    members = _diagonal_set(network, 1000, device)
+    members = diagonal_set(network, 1000, device)
     logits = np.zeros((1000, 10_000, 2), np.float32)
     labels = np.tile(data.labels.numpy(), 50)
     memory = PeakMemory(device)
@@ -338,7 +342,8 @@ def _on(leaves: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {n: leaf.to(device) for n, leaf in leaves.items()}
 
 
-def _diagonal_set(network: Network, members: int, device: torch.device) -> DiagonalSet:
+def diagonal_set(network: Network, members: int, device: torch.device) -> DiagonalSet:
+    """Return a set of random members of a network, near a random base."""
     params, buffers = (_on(leaves, device) for leaves in network.init(0))
     sd = torch.full((sum(p.numel() for p in params.values()),), 0.01, device=device)
     return DiagonalSet(members, {}, buffers, mean=params, factors={"sd": sd})

@@ -98,7 +98,7 @@ def _find(run: Run, kind: str, work: Path) -> dict[str, Any]:
     places = {
         f"{part}_places": places_of(fitted.responsibilities(seen[part].features, labels[part])) for part in PLACED
     }
-    np.savez(work / "codes.npz", **codes, **places)
+    np.savez(work / "codes.npz", allow_pickle=False, **codes, **places)
     if isinstance(fitted, Slices):
         return {"names": [f"slice {i}" for i in range(fitted.count)], "gap": fitted.gap.tolist()}
     return {

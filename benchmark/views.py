@@ -82,7 +82,10 @@ def shifted(
     """
     few = model_set.first(run.spec.options.view_members)
     judged = Judged(few, parts, accepted[accepted < few.size], strategy)
-    predictions, evidence, notes, seconds = {}, {}, list[str](), {}
+    predictions: dict[str, Predictions] = {}
+    evidence: dict[str, dict[str, np.ndarray]] = {}
+    notes: list[str] = []
+    seconds: dict[str, float] = {}
     for view in run.spec.views:
         seen = _view(run, few, view, strategy)
         predictions[str(view)] = _predictions(run, few, view, seen.logits)
@@ -231,7 +234,7 @@ def _evidence(run: Run, judged: Judged, kind: str) -> Measured:
     def compute(work: Path) -> list[str]:
         measured = MEASURE[kind](run, judged)
         arrays = {f"{where}:{name}": a for where, named in measured.arrays.items() for name, a in named.items()}
-        np.savez(work / "evidence.npz", **arrays)
+        np.savez(work / "evidence.npz", allow_pickle=False, **arrays)
         return list(measured.notes)
 
     asked = asked_of(run, judged, kind)

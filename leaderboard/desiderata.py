@@ -144,7 +144,7 @@ def _cell_properties(sight: Sight, k: int) -> dict[str, tuple[Any, Any, Any]]:
         base, members = (_of_labels(metric, sight.test, models) for models in (BASE, MEMBERS))
         for suffix, of_base in base.items():
             own = members.get(suffix, Undefined("no member accepted"))
-            spread = own if isinstance(own, Undefined) else attempt(lambda own=own: member_spread(own, k))
+            spread = own if isinstance(own, Undefined) else attempt(member_spread, own, k)
             mean = own if isinstance(own, Undefined) else mean_of_models(own, patients)
             out[name + suffix] = (
                 of_base if isinstance(of_base, Undefined) else mean_of_models(of_base, patients),
@@ -215,7 +215,7 @@ def _ladder(sight: Sight, k: int) -> list[dict[str, Any]] | None:
     if not len(made):
         return None
     (val,), (test,) = (attached(cell, cell.views, part, made) for part in ("val", "test"))
-    properties = {}
+    properties: dict[str, np.ndarray] = {}
     for name, metric in METRICS.load_all():
         if metric.info.level == "property" and name in VERDICTS:
             found = _of_labels(metric, [test], MEMBERS)

@@ -7,7 +7,7 @@ an attack) and their quantities by name, in the words that the page shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,9 +32,10 @@ _SALIENCY = "saliency/"
 _Value = TypeVar("_Value")
 
 
-def attempt(compute: Callable[[], _Value]) -> _Value | Undefined:
+def attempt(compute: Callable[..., _Value], *arguments: Any) -> _Value | Undefined:
+    """Return what a function returns, or why it has no value."""
     try:
-        return compute()
+        return compute(*arguments)
     except Undefined as reason:
         return reason
 
@@ -61,13 +62,13 @@ def accuracies(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found
             "ensemble": Undefined("no member accepted")
             if right is None
             else test.bootstrap.mean(right.astype(np.float64), seen.known.astype(np.float64)),
-            "disagreement": attempt(lambda seen=seen: _disagreement(test, seen)),
-            "ambiguity": attempt(lambda seen=seen: _ambiguity(test, seen, k)),
+            "disagreement": attempt(_disagreement, test, seen),
+            "ambiguity": attempt(_ambiguity, test, seen, k),
         }
         if name:
             found["relative"] = mean_of_models(relative_accuracy(test, MEMBERS, name), patients)
-            found["variance_ratio"] = attempt(lambda shifted=shifted: variance_ratio(clean, shifted, patients))
-            found["rank_correlation"] = attempt(lambda shifted=shifted: rank_correlation(clean, shifted, patients))
+            found["variance_ratio"] = attempt(variance_ratio, clean, shifted, patients)
+            found["rank_correlation"] = attempt(rank_correlation, clean, shifted, patients)
         yield name or CLEAN, found
 
 
@@ -89,21 +90,22 @@ def outliers(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
     A score's name: its AUROC; `gain of` it: less that of the ensemble's confidence; `unseen, by` it: among images that
     confidence lets pass. correlation of, flags of a detector: `rank_correlation`, `flag_disagreement`.
     """
-    for name, view in (attempt(lambda: ood_views(test)) or {}).items() if test.views else ():
+    views = attempt(ood_views, test)
+    for name, view in {}.items() if isinstance(views, Undefined) else views.items():
         found: Found = {}
         for words, measure in (
             ("", set_detectors),
             ("gain of ", gains_over_confidence),
             ("unseen, by ", unseen_by_confidence),
         ):
-            values = attempt(lambda measure=measure, view=view: measure(test, view))
+            values = attempt(measure, test, view)
             if not isinstance(values, Undefined):
                 found |= {words + score: value for score, value in values.items()}
         for detector in sorted(test.evidence.keys() & view.evidence.keys()):
             if not detector.startswith(DETECTOR):
                 continue
             scores = test.evidence[detector].members, view.evidence[detector].members
-            alike = attempt(lambda scores=scores: detector_agreement(*scores))
+            alike = attempt(detector_agreement, *scores)
             plain = detector.removeprefix(DETECTOR)
             for words, field in (("correlation of", "rank_correlation"), ("flags of", "flag_disagreement")):
                 found[f"{words} {plain}"] = alike if isinstance(alike, Undefined) else getattr(alike, field)
@@ -130,7 +132,7 @@ def calibration(val: Context, test: Context, k: int) -> Iterator[tuple[str, Foun
         parts = brier_decomposition(on_test, test.labels)
         found[f"{who}: reliability"] = float(parts.reliability.mean())
         found[f"{who}: resolution"] = float(parts.generalised_resolution.mean())
-    share = attempt(lambda: epistemic_share(test))
+    share = attempt(epistemic_share, test)
     found["epistemic"] = share if isinstance(share, Undefined) else _case_mean(test, share)
     yield CLEAN, found
 
@@ -168,7 +170,7 @@ def saliency(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
         zeros = np.zeros(len(own.base), np.int64)
         null, ceiling = (test.evidence[f"saliency_{kind}/{method}/{measure}"].base for kind in ("null", "ceiling"))
         beside, pairs = Comparators(null, ceiling), PairwiseAgreement(own.members, own.base, zeros, zeros)
-        summary = attempt(lambda pairs=pairs, beside=beside: explanation_summary(pairs, beside, test.bootstrap))
+        summary = attempt(explanation_summary, pairs, beside, test.bootstrap)
         fields = ("agreement", "null", "ceiling", "share")
         yield (
             f"{method}:{measure}",

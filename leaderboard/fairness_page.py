@@ -6,13 +6,14 @@ A pure function of the suites and of the part `fairness` of their science (see `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..metrics.fairness import GAP_OF
 from .fairness import ABSTAINING, FROZEN, METRIC_ORDER, VIEWS
+from .rows import seeds_mark, shown_rows
 from .suite import Suite
-from .text import NONE, end, markdown, number, paragraph
+from .text import NONE, in_bold, interval, markdown, number, paragraph, undefined_for, unstarred
 
 Science = dict[str, Any]
 
@@ -135,9 +136,9 @@ def _groups(suite: Suite, fairness: Science, k: int) -> list[str]:
         for code in sorted({int(code) for view in VIEWS for code in views[view]}):
             val, test = (views[view].get(str(code)) for view in VIEWS)
             if code < 0:
-                unknown.append(f"{_shown(attribute)} {_size(val)} on val and {_size(test)} on test")
+                unknown.append(f"{unstarred(attribute)} {_size(val)} on val and {_size(test)} on test")
                 continue
-            name = f"{_shown(attribute)}: {_group(fairness, attribute, code)}"
+            name = f"{unstarred(attribute)}: {_group(fairness, attribute, code)}"
             classes = [NONE if not test or test[c] is None else str(test[c]) for c in ("positive", "negative")]
             lines.append([name if test and test["counts"] else f"({name})", _size(val), _size(test), *classes])
     said = f"Unknown, in no group: {'; '.join(unknown)}." if unknown else "No attribute is unknown."
@@ -158,7 +159,7 @@ def _too_few(suite: Suite, fairness: Science) -> str:
         if counted > 1:
             continue
         has = "has" if counted == 1 else "have"
-        text = f"{_shown(attribute)}: {counted} of {len(groups)} groups {has} {least} patients"
+        text = f"{unstarred(attribute)}: {counted} of {len(groups)} groups {has} {least} patients"
         if len(groups) > 1:
             second = sorted(size["patients"] for size in groups)[-2]
             needed = math.ceil(patients * least / second)
@@ -185,7 +186,7 @@ def _base(suite: Suite, fairness: Science, k: int) -> list[str]:
         return _chance(base[name][attribute])
 
     heading = "### How unequal is the base network?\n"
-    undefined = _reasons((row["reason"], _words(name)) for name in base for row in base[name].values())
+    undefined = undefined_for((row["reason"], _words(name)) for name in base for row in base[name].values())
     gaps = [name for name in _metrics(base) if name.removesuffix(FROZEN) in GAP_OF]
     if not gaps:
         return [heading, undefined]
@@ -211,7 +212,7 @@ def _rates(fairness: Science, gaps: Sequence[str]) -> list[str]:
         codes = sorted({code for rates in rows.values() for code in rates}, key=int)
         if not codes:
             continue
-        lines = [["rate", *(f"{_shown(attribute)}: {_group(fairness, attribute, code)}" for code in codes)]]
+        lines = [["rate", *(f"{unstarred(attribute)}: {_group(fairness, attribute, code)}" for code in codes)]]
         for name, rates in rows.items():
             unit = "difference" if GAP_OF[name.removesuffix(FROZEN)] == "calibration" else "rate"
             lines.append([_words(name), *(_interval(rates.get(code, {"value": None}), unit=unit) for code in codes)])
@@ -242,7 +243,7 @@ def _sets(suite: Suite, fairness: Science, k: int) -> list[str]:
         parts += [f"**Range of the difference in {_words(name)}**\n", _ranges(suite, fairness, name, ("range_at_k",))]
     parts += [
         paragraph(RANGES.format(k=k)),
-        _reasons(
+        undefined_for(
             (row["reason"], f"`{label}`")
             for of_metric in sets.values()
             for rows in of_metric.values()
@@ -272,7 +273,7 @@ def _gaps(suite: Suite, fairness: Science, name: str, whose: str) -> str:
         if label == "base":
             return _interval(base[attribute])
         row = sets[attribute].get(label)
-        return NONE if row is None else _interval(row[whose]) + _seeds(suite, row[whose])
+        return NONE if row is None else _interval(row[whose]) + seeds_mark(suite, row[whose]["seeds"])
 
     return _table(fairness, "generator", {"base": "base", **_rows(suite, sets)}, cell)
 
@@ -286,13 +287,13 @@ def _ranges(suite: Suite, fairness: Science, name: str, kinds: Sequence[str]) ->
         text = number(spread["value"], "rate")
         if spread["null"] is None:
             return text
-        return f"{_bold(text, spread['value'] > spread['null'])} / {number(spread['null'], 'rate')}"
+        return f"{in_bold(text, spread['value'] > spread['null'])} / {number(spread['null'], 'rate')}"
 
     def cell(label: str, attribute: str) -> str:
         row = sets[attribute].get(label)
         if row is None:
             return NONE
-        return "; ".join(one(row[kind]) for kind in kinds) + _seeds(suite, row[kinds[0]])
+        return "; ".join(one(row[kind]) for kind in kinds) + seeds_mark(suite, row[kinds[0]]["seeds"])
 
     return _table(fairness, "generator", _rows(suite, sets), cell)
 
@@ -306,7 +307,7 @@ def _burdens(suite: Suite, fairness: Science, k: int) -> list[str]:
         for attribute, of_rows in of_quantity.items()
         for label, row in of_rows.items()
     ]
-    undefined = _reasons((row["reason"], who) for row, who in rows if row["gap"] is None)
+    undefined = undefined_for((row["reason"], who) for row, who in rows if row["gap"] is None)
     if all(row["gap"] is None for row, _ in rows):
         return [heading, undefined]
     first, *others = QUANTITIES
@@ -330,10 +331,10 @@ def _burden(suite: Suite, fairness: Science, quantity: str, k: int) -> list[str]
         row = found[attribute].get(label)
         if row is None or row["gap"] is None:
             return NONE
-        text = _bold(_ends(row["gap"], row["low_end"], row["high_end"], "difference"), _holds(row))
+        text = in_bold(interval(row["gap"], row["low_end"], row["high_end"], "difference"), _holds(row))
         named = [_group(fairness, attribute, row[name]) for name in ("least", "most")]
         who = f" {' → '.join(named)}" if row["gap"] else ""
-        return f"{text}{who}, p {number(row['p'], 'rate')}{_seeds(suite, row)}"
+        return f"{text}{who}, p {number(row['p'], 'rate')}{seeds_mark(suite, row['seeds'])}"
 
     tests = [row for rows in found.values() for row in rows.values() if row["p"] is not None]
     bold = sum(map(_holds, tests))
@@ -373,10 +374,12 @@ def _means(suite: Suite, fairness: Science, quantity: str) -> list[str]:
         codes = sorted({code for row in rows.values() for code in row["groups"]}, key=int)
         if not codes:
             continue
-        lines = [["generator", *(f"{_shown(attribute)}: {_group(fairness, attribute, int(code))}" for code in codes)]]
+        lines = [
+            ["generator", *(f"{unstarred(attribute)}: {_group(fairness, attribute, int(code))}" for code in codes)]
+        ]
         for text, label in _rows(suite, {attribute: rows}).items():
             means = [rows[label]["groups"].get(code) for code in codes]
-            lines.append([text, *(NONE if m is None else _ends(m[0], m[1], m[2], "rate") for m in means)])
+            lines.append([text, *(NONE if m is None else interval(m[0], m[1], m[2], "rate") for m in means)])
         tables.append(markdown(lines))
     return tables
 
@@ -391,13 +394,13 @@ def _table(fairness: Science, corner: str, rows: Mapping[str, str], cell: Callab
         return ""
     attributes = list(fairness["groups"])
     lines = [[text, *(cell(row, a) for a in attributes)] for text, row in rows.items()]
-    return markdown([[corner, *map(_shown, attributes)], *lines])
+    return markdown([[corner, *map(unstarred, attributes)], *lines])
 
 
 def _rows(suite: Suite, found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return text -> label of the suite's rows that have results by any attribute, in the suite's order."""
     labels = {label for rows in found.values() for label in rows}
-    return {f"`{r.label}`" + (" (control)" if r.control else ""): r.label for r in suite.rows if r.label in labels}
+    return {text: label for label, text in shown_rows(suite, labels)}
 
 
 def _metrics(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -418,11 +421,6 @@ def _words(name: str) -> str:
     return WORDS.get(bare, bare) + (", frozen" if name != bare else "")
 
 
-def _shown(text: str) -> str:
-    """Return text that names intersections, without the asterisk that would set it in italics."""
-    return text.replace("*", " × ")
-
-
 def _group(fairness: Science, attribute: str, code: int | str) -> str:
     return fairness["attributes"][attribute][int(code)]
 
@@ -430,21 +428,7 @@ def _group(fairness: Science, attribute: str, code: int | str) -> str:
 def _interval(row: Mapping[str, Any], bold: bool = False, unit: str = "rate") -> str:
     if row["value"] is None:
         return NONE
-    return _bold(_ends(row["value"], row["low_end"], row["high_end"], unit), bold)
-
-
-def _ends(value: float, low: float | None, high: float | None, unit: str) -> str:
-    text = number(value, unit)
-    return text if low is None or high is None else f"{text} [{end(low, unit)},{end(high, unit)}]"
-
-
-def _bold(text: str, bold: bool) -> str:
-    value, space, rest = text.partition(" ")
-    return f"**{value}**{space}{rest}" if bold else text
-
-
-def _seeds(suite: Suite, row: Mapping[str, Any]) -> str:
-    return f" ({row['seeds']})" if 0 < row["seeds"] < len(suite.base_seeds) else ""
+    return in_bold(interval(row["value"], row["low_end"], row["high_end"], unit), bold)
 
 
 def _count(patients: float | None) -> str:
@@ -452,14 +436,3 @@ def _count(patients: float | None) -> str:
     if patients is None or patients > 1e6:
         return NONE
     return f"{float(f'{patients:.2g}'):,.0f}"
-
-
-def _reasons(reasons: Iterable[tuple[str, str]]) -> str:
-    """Return a paragraph of what is undefined, for whom and why; "" if all is defined."""
-    whose: dict[str, dict[str, None]] = {}
-    for reason, who in reasons:
-        if reason:
-            whose.setdefault(reason, {})[who] = None
-    if not whose:
-        return ""
-    return paragraph(*(_shown(f"Undefined, {reason}: {'; '.join(names)}.") for reason, names in sorted(whose.items())))

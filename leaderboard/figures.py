@@ -1,4 +1,4 @@
-"""Figures beside SCIENCE.md, drawn from the same science/<suite>.json (needs matplotlib)."""
+"""Figures beside the pages on science, drawn from the same science/<suite>.json (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .desiderata_page import headlines, property_title
 from .render import REFERENCE
 from .science_page import Science
 from .suite import Row, Suite
@@ -22,7 +23,8 @@ def draw(suite: Suite, science: Science, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, make in (("selection", _selection), ("fidelity", _fidelity), ("cost", _cost), ("ladder", _ladder)):
+    makers = {"selection": _selection, "fidelity": _fidelity, "cost": _cost, "ladder": _ladder}
+    for name, make in (makers | {"properties": _properties}).items():
         figure = make(suite, science)
         if figure is None:
             continue
@@ -175,3 +177,43 @@ def _ladder(suite: Suite, science: Science):
     figure.suptitle(f"{suite.title}: what is left as specifications are added, k = {science['k']}", fontsize=10)
     _legend(figure, suite, rows)
     return figure
+
+
+def _properties(suite: Suite, science: Science):
+    """By property and row: the base, the members' mean, and around it their range before that of chance."""
+    desiderata = science.get("desiderata") or {}
+    names = headlines(desiderata) if desiderata else []
+    if not names:
+        return None
+    properties = {name: desiderata["properties"][name]["rows"] for name in names}
+    rows = [row for row in suite.rows if any(row.label in found for found in properties.values())]
+    figure, axes = _grid(len(names), 4.2, 1.0 + 0.2 * len(rows))
+    for axis, (name, found) in zip(axes, properties.items()):
+        axis.set_axisbelow(True)
+        axis.use_sticky_edges = False
+        for y, row in enumerate(rows):
+            if row.label in found:
+                _bars(axis, y, found[row.label], "0.6" if row.control else _style(suite, row)["color"])
+        axis.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=6)
+        axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_title(f"{property_title(name)} ({desiderata['properties'][name]['direction']} is better)", fontsize=8)
+    figure.suptitle(
+        f"{suite.title}: base (tick), members' mean (dot), length of their range at k = {science['k']} (bar) and of "
+        "chance's (grey)",
+        fontsize=10,
+    )
+    return figure
+
+
+def _bars(axis, y: int, row: Mapping[str, Any], color: Any) -> None:
+    """Draw one row of one property: both bars are centred on the members' mean, for their lengths are compared."""
+    mean = row["members"]["value"]
+    if mean is None:
+        return
+    for name, height, shade in (("chance", 0.8, "0.85"), ("range", 0.35, color)):
+        if row[name] is not None:
+            axis.barh(y, row[name], height, mean - row[name] / 2, color=shade)
+    axis.plot(mean, y, marker="o", markersize=3, color="white", markeredgecolor="black", markeredgewidth=0.6)
+    if row["base"]["value"] is not None:
+        axis.plot([row["base"]["value"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.4)

@@ -35,6 +35,7 @@ from .group_science import attach, group_inputs, of_groups
 from .groups import load_groups
 from .predictions import load_predictions
 from .render import REFERENCE
+from .sights import sights
 from .view_files import ViewFile, load_views, views_of
 
 VERSION = 1
@@ -145,7 +146,7 @@ def compute(table: Table, folder: Path, progress: Callable[[str], None] = lambda
     told = parts(cells, suite.k, suite.epsilon, suite.margin, apart, say)
     say("shifted views")
     told["desiderata"] = desiderata.desiderata(
-        desiderata.sights(cells),
+        sights(cells),
         suite.k,
         lambda seen, names, wanted: selections(
             {label: {s: Both(x.val, x.test) for s, x in row.items()} for label, row in seen.items()},

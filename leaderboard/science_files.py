@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import UserError
 from .cells import Table
+from .desiderata_page import render_desiderata
 from .exact_page import tables as tables_of_exact
 from .group_science import group_inputs, render_groups
 from .groups import FILES as GROUPS
@@ -29,7 +30,8 @@ from .science import compute, inputs, to_text
 from .science_page import Science, render_science
 from .suite import Suite
 
-FILES, PAGE, GROUPS_PAGE, FIGURES, EXACT = "science", "SCIENCE.md", "FAIRNESS.md", "figures", "exact.json"
+FILES, FIGURES, EXACT = "science", "figures", "exact.json"
+PAGE, GROUPS_PAGE, DESIDERATA_PAGE = "SCIENCE.md", "FAIRNESS.md", "DESIDERATA.md"
 """Of exact.json, too, SCIENCE.md shows the tables; `make exact` computes it, for it needs images and networks."""
 
 
@@ -121,7 +123,11 @@ def science_problems(folder: Path, tables: Iterable[Table]) -> Iterator[str]:
 
 def _pages(folder: Path, found: list[tuple[Suite, Science]]) -> dict[str, str]:
     """Return the text of every page by its file's name."""
-    return {PAGE: render_science(found, _exact(folder)), GROUPS_PAGE: render_groups(found)}
+    return {
+        PAGE: render_science(found, _exact(folder)),
+        GROUPS_PAGE: render_groups(found),
+        DESIDERATA_PAGE: render_desiderata(found),
+    }
 
 
 def _told(tables: Iterable[Table]) -> list[Table]:

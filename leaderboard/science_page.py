@@ -9,6 +9,7 @@ from ..metrics.fidelity import CHANCE
 from ..metrics.selection import NO, OPEN, YES
 from .columns import Summary, over_seeds, rank
 from .render import REFERENCE, cell
+from .rows import shown_rows
 from .suite import Suite
 from .text import NONE, end, markdown, number, paragraph
 
@@ -115,12 +116,6 @@ def _figure(suite: Suite, name: str, what: str) -> str:
     return f"![{what}](figures/{suite.name}-{name}.png)\n"
 
 
-def _labels(suite: Suite, rows: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (label, how it is shown) of the suite's rows that have results, in the suite's order."""
-    shown = [(r.label, f"`{r.label}`" + (" (control)" if r.control else "")) for r in suite.rows]
-    return [(label, text) for label, text in shown if label in rows]
-
-
 def _signed(value: float | None) -> str:
     return NONE if value is None else end(value, "difference")
 
@@ -148,6 +143,26 @@ def _selection(suite: Suite, science: Science) -> list[str]:
     criteria: dict[str, dict[str, Any]] = science["selection"]
     if not criteria:
         return []
+    return [
+        "### Is there a better model in the set, at no cost?\n",
+        *verdict_tables(suite, criteria),
+        paragraph(SELECTION.format(margin=science["margin"])),
+        verdict_counts(criteria),
+        _figure(suite, "selection", "Expected gain on test of the validation-best of k"),
+        "<details><summary>Every criterion in full</summary>\n",
+        *verdict_details(suite, criteria, science["k"]),
+        "</details>\n",
+    ]
+
+
+def verdict_tables(suite: Suite, criteria: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the tables of gains and verdicts, a few criteria side by side."""
+    names = list(criteria)
+    return [_verdicts(suite, {n: criteria[n] for n in names[i : i + ABREAST]}) for i in range(0, len(names), ABREAST)]
+
+
+def verdict_counts(criteria: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the paragraph that says how often each answer was given, and what is undefined."""
     verdicts = [row["verdict"] for rows in criteria.values() for row in rows.values() if row["gain"] is not None]
     said = ", ".join(f"{verdicts.count(words)} times *{words}*" for words in VERDICT_MARKS)
     reasons: dict[str, list[str]] = {}
@@ -155,24 +170,21 @@ def _selection(suite: Suite, science: Science) -> list[str]:
         for label, row in rows.items():
             if row["reason"] and label not in (named := reasons.setdefault(row["reason"], [])):
                 named.append(label)
-    names = list(criteria)
-    parts = [
-        "### Is there a better model in the set, at no cost?\n",
-        *(_verdicts(suite, {n: criteria[n] for n in names[i : i + ABREAST]}) for i in range(0, len(names), ABREAST)),
-        paragraph(SELECTION.format(margin=science["margin"])),
-        paragraph(f"In all {len(verdicts)} verdicts: {said}.", *_reasons(reasons)),
-        _figure(suite, "selection", "Expected gain on test of the validation-best of k"),
-        "<details><summary>Every criterion in full</summary>\n",
-    ]
+    return paragraph(f"In all {len(verdicts)} verdicts: {said}.", *_reasons(reasons))
+
+
+def verdict_details(suite: Suite, criteria: Mapping[str, Mapping[str, Any]], k: int) -> list[str]:
+    """Return a table per criterion of everything that a verdict rests on, and their legend."""
+    parts = []
     for name, rows in criteria.items():
         parts += [f"**{name}**\n", _detail(suite, rows)]
-    return [*parts, paragraph(DETAIL.format(k=science["k"])), "</details>\n"]
+    return [*parts, paragraph(DETAIL.format(k=k))]
 
 
 def _verdicts(suite: Suite, criteria: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of gains and verdicts of a few criteria side by side."""
     lines = [["generator", *criteria]]
-    for label, text in _labels(suite, {label: None for rows in criteria.values() for label in rows}):
+    for label, text in shown_rows(suite, {label: None for rows in criteria.values() for label in rows}):
         found = [rows.get(label) for rows in criteria.values()]
         cells = [
             NONE if row is None or row["gain"] is None else f"{_interval(row, 'gain')} {VERDICT_MARKS[row['verdict']]}"
@@ -186,7 +198,7 @@ def _detail(suite: Suite, rows: Mapping[str, Any]) -> str:
     header = ["generator", "on val", "on test", "rank", "loss difference", "curse", "oracle gap", "outside"]
     lines = [[*header, "same choice", "resolvable", "verdict"]]
     ranks = _ranked(suite, {label: row["seeds"] for label, row in rows.items()}, "higher", reference=True)
-    for label, text in _labels(suite, rows):
+    for label, text in shown_rows(suite, rows):
         row = rows[label]
         if row["gain"] is None:
             lines.append([text, *[NONE] * (len(lines[0]) - 1)])
@@ -233,7 +245,7 @@ def _fidelity(suite: Suite, science: Science) -> list[str]:
         header += [title, "rank"] if name in ranks else [title]
     shown = [(REFERENCE, f"`{REFERENCE}`, two halves")] if REFERENCE in rows else []
     lines = [header]
-    for label, text in [*shown, *((a, b) for a, b in _labels(suite, rows) if a != REFERENCE)]:
+    for label, text in [*shown, *((a, b) for a, b in shown_rows(suite, rows) if a != REFERENCE)]:
         line = [text]
         for name, (_, unit, _) in FIDELITY_COLUMNS.items():
             line.append(cell(suite, summary(rows[label][name], unit), unit))
@@ -267,7 +279,7 @@ def _variance(suite: Suite, science: Science) -> list[str]:
     if not rows:
         return []
     lines = [["generator", "posterior", "base networks", "retraining", "resampled data", "covered"]]
-    for label, text in _labels(suite, rows):
+    for label, text in shown_rows(suite, rows):
         row = rows[label]
         names = ("posterior", "bases", "retraining", "data")
         lines.append([text, *(_root(row[name]) for name in names), _plain(row["covered"])])
@@ -288,7 +300,7 @@ def _cost(suite: Suite, science: Science) -> list[str]:
     compared = bool(science["fidelity"])
     header = ["generator", "fixed", "per drawn member", "accepted", f"set of {science['k']}"]
     lines = [header + (["breaks even at", "with the base", "front"] if compared else [])]
-    for label, text in _labels(suite, rows):
+    for label, text in shown_rows(suite, rows):
         row = rows[label]
         cells = [text, *(number(row[name], "amount") for name in ("fixed", "marginal"))]
         cells += [number(row["acceptance"], "rate"), number(row["cost_at_k"], "amount")]
@@ -313,7 +325,7 @@ def _uncertainty(suite: Suite, science: Science) -> list[str]:
         header += [name if name == "disagreement" else f"{name}@{science['k']}", "patients", "members", "bases"]
     lines = [header]
     everyone = {label for rows in metrics.values() for label in rows}
-    for label, text in _labels(suite, dict.fromkeys(everyone)):
+    for label, text in shown_rows(suite, dict.fromkeys(everyone)):
         line = [text]
         for rows in metrics.values():
             row = rows.get(label)
@@ -340,7 +352,7 @@ def _ladder(suite: Suite, science: Science) -> list[str]:
         return []
     rungs, measures = ladder["rungs"], ladder["measures"]
     lines = [["generator", "members left", *measures]]
-    for label, text in _labels(suite, ladder["rows"]):
+    for label, text in shown_rows(suite, ladder["rows"]):
         row = ladder["rows"][label]
         cells = [" → ".join(_count(v) for v in row["members"])]
         cells += [" → ".join(_plain(v) for v in row[name]) for name in measures]
@@ -374,7 +386,7 @@ def _abstention(suite: Suite, science: Science) -> list[str]:
     attributes = list(dict.fromkeys(group.partition("=")[0] for group in section["groups"]))
     gaps = [f"gap by {a}" for a in attributes]
     lines = [["generator", *(title for title, _ in ABSTENTION_COLUMNS.values()), *gaps]]
-    for label, text in _labels(suite, section["rows"]):
+    for label, text in shown_rows(suite, section["rows"]):
         row = section["rows"][label]
         cells = [cell(suite, summary(row[n], unit), unit) for n, (_, unit) in ABSTENTION_COLUMNS.items()]
         cells += [cell(suite, summary(_gap(row["groups"], a), "number"), "number") for a in attributes]

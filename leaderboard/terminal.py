@@ -33,6 +33,27 @@ def summary_line(record: Record) -> str:
     return head + ", ".join(parts)
 
 
+def views_lines(record: Record) -> list[str]:
+    """Return a short table of what a record's set does on shifted views of test; no lines without any."""
+    if not record.get("views"):
+        return []
+    k, scores = record["protocol"]["k"], record["scores"]
+    views = [v.partition("/")[2] for v in record["views"]["views"] if v.startswith("test/")]
+    columns = {
+        "base": "accuracy.base/{}",
+        "members": "accuracy.member_mean/{}",
+        "ensemble": "accuracy.ensemble/{}",
+        f"ambiguity@{k}": f"ambiguity@{k}/{{}}",
+        "disagreement": "disagreement/{}",
+    }
+    lines = [["accuracy on test", *columns]]
+    for name in ["", *(v for v in views if f"accuracy.base/{v}" in scores)]:
+        keys = [key.format(name).removesuffix("/") for key in columns.values()]
+        lines.append([name or "as it is", *(number(scores.get(key, {}).get("value"), "number") for key in keys)])
+    notes = [f"{record['views']['members']} members are seen on views", *record["views"]["notes"]]
+    return [*aligned(lines).splitlines(), *notes]
+
+
 def render_terminal(records: Iterable[Record], suite: Suite) -> str:
     """Return a short table of `suite`: means over base seeds without intervals, holes with their reasons."""
     table = settle(suite, records)

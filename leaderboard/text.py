@@ -29,6 +29,23 @@ def end(value: float, unit: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text
 
 
+def interval(value: float, low: float | None, high: float | None, unit: str) -> str:
+    """Return `value [low,high]`, or the value alone where an end is not known."""
+    text = number(value, unit)
+    return text if low is None or high is None else f"{text} [{end(low, unit)},{end(high, unit)}]"
+
+
+def in_bold(text: str, holds: bool) -> str:
+    """Return text with its first word in bold where something holds of it."""
+    value, space, rest = text.partition(" ")
+    return f"**{value}**{space}{rest}" if holds else text
+
+
+def unstarred(text: str) -> str:
+    """Return text that names intersections, without the asterisk that would set it in italics."""
+    return text.replace("*", " × ")
+
+
 def exact(value: float | None) -> str:
     """Return nine significant digits, for files that are read by programs."""
     return "" if value is None else f"{value:.9g}"
@@ -76,6 +93,19 @@ def in_order(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def paragraph(*texts: str) -> str:
     """Return texts as one paragraph in lines of at most 120 characters."""
     return _filled(" ".join(texts), "") + "\n"
+
+
+def undefined_for(reasons: Iterable[tuple[str, str]]) -> str:
+    """Return a paragraph of what is undefined, for whom and why, from (reason, whom); "" if all is defined."""
+    whose: dict[str, dict[str, None]] = {}
+    for reason, who in reasons:
+        if reason:
+            whose.setdefault(reason, {})[who] = None
+    if not whose:
+        return ""
+    return paragraph(
+        *(unstarred(f"Undefined, {reason}: {'; '.join(names)}.") for reason, names in sorted(whose.items()))
+    )
 
 
 def bullet(text: str) -> str:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from multiplicity_bench.benchmark import attacks
-from multiplicity_bench.benchmark.attacks import Attack, attack, choose_attack_strategy, predict_each, transfer
+from multiplicity_bench.benchmark.attacks import Attack, attack, choose_attack_strategy, predict_each
 from multiplicity_bench.benchmark.networks import Network
 from multiplicity_bench.benchmark.predict import base_block, predict_block
 from multiplicity_bench.benchmark.toy import toy_problem
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.generators.api import Trained
 from multiplicity_bench.generators.modelset import LinearisedSet, ModelSet, OutputSet, StackedSet, stack
-from multiplicity_bench.metrics.api import Undefined
 
 NETWORKS = {
     "mlp": {"name": "mlp", "width": 8},
@@ -331,50 +330,6 @@ def test_of_a_multilabel_network_the_known_labels_are_attacked():
     np.testing.assert_allclose(found.flatten(1).numpy(), wanted, atol=1e-4)
     square = attack(network, block, pixels, labels, Attack("square", radius=2 / 255, steps=30), 0)
     assert float((square[0] - pixels).abs().max()) == 2
-
-
-def accuracy_by_hand(network, block, shown, labels) -> list[float]:
-    said = predict_block(network, block, shown)
-    return [float((own.argmax(-1) == labels)[labels >= 0].double().mean()) for own in said]
-
-
-def test_transfer_gives_each_network_the_images_of_each_source():
-    network = Network(NETWORKS["mlp"], 1, 8, 2)
-    model_set = members_of(network, size=4, dtype=torch.float32)
-    base = Trained(*network.init(9))
-    labels = torch.arange(60) % 2
-    labels[::7] = -1
-    chosen, sources = Attack("pgd", radius=100 / 255), [2, -1]
-    found = transfer(network, model_set, base, images(60), labels, chosen, sources, 0)
-    assert found.shape == (2, 5) and found.dtype == np.float64
-    for row, source in zip(found, sources):
-        crafted = base_block(base) if source < 0 else model_set.block(source, source + 1)
-        shown = attack(network, crafted, images(60), labels, chosen, 0)[0]
-        by_hand = accuracy_by_hand(network, model_set.block(0, 4), shown, labels)
-        np.testing.assert_allclose(row, by_hand + accuracy_by_hand(network, base_block(base), shown, labels))
-        assert row[source] < accuracy_by_hand(network, crafted, images(60), labels)[0] - 0.05  # the white box
-
-
-def test_transfer_between_copies_is_the_white_box_and_labels_are_pooled():
-    network = Network({"name": "logistic"}, 1, 8, 3)
-    base = Trained(*network.init(0))
-    copies = StackedSet(3, base.params, base.buffers)
-    labels = torch.randint(-1, 2, (30, 3), generator=torch.Generator().manual_seed(0))
-    found = transfer(network, copies, base, images(30), labels, Attack("fgsm"), [0], 0)
-    shown = attack(network, base_block(base), images(30), labels, Attack("fgsm"), 0)
-    said = predict_each(network, base_block(base), shown)[0]
-    right = ((said > 0) == (labels == 1))[labels >= 0].double().mean()
-    np.testing.assert_allclose(found, np.full((1, 4), float(right)))
-
-
-def test_transfer_says_what_is_missing():
-    network = Network(NETWORKS["mlp"], 1, 8, 2)
-    model_set, base = members_of(network, dtype=torch.float32), Trained(*network.init(0))
-    unknown = torch.full((10,), -1)
-    with pytest.raises(Undefined, match="no case has a label"):
-        transfer(network, model_set, base, images(), unknown, Attack("fgsm"), [0], 0)
-    with pytest.raises(UserError, match="source 3 is not in the set: it has members 0 to 2"):
-        transfer(network, model_set, base, images(), unknown + 1, Attack("fgsm"), [3], 0)
 
 
 @pytest.mark.parametrize("kind", ["stacked", "noise"])
