@@ -29,7 +29,7 @@ from ..generators.posterior import FromPosterior
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
 from ..leaderboard.predictions import PRECISION, arrays_predictions, predictions_arrays, save_predictions
-from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, view_arrays
+from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, save_views, view_arrays
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate, view_scores
 from .memory import PeakMemory
@@ -419,7 +419,7 @@ class Run:
                 save_predictions(path, arrays)
                 record["predictions"]["file"] = path.name
                 if seen is not None:
-                    save_predictions(path.with_name(name + SUFFIX), seen.arrays)
+                    save_views(path.with_name(name + SUFFIX), seen.arrays)
                     record["views"]["file"] = name + SUFFIX
         sealed = records.seal(record)
         return sealed, records.write(sealed, folder)

@@ -41,6 +41,7 @@ def attempt(compute: Callable[..., _Value], *arguments: Any) -> _Value | Undefin
 
 
 def mean_of_models(values: PerMember, patients: int) -> Estimate | Undefined:
+    """Return the mean over all networks, Undefined without any."""
     return model_mean(values, slice(None), patients) if len(values.values) else Undefined("no member accepted")
 
 

@@ -9,6 +9,7 @@ stand in the predictions file: a view shows the same cases, or none that have an
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from ..errors import UserError
 from ..metrics.api import Predictions
 from ..metrics.views import OUTLIERS
-from .predictions import PRECISION, load_arrays, rounded
+from .predictions import PRECISION, load_arrays, rounded, save_predictions
 
 SUFFIX = ".views.npz"
 DIGITS = 7
@@ -48,6 +49,11 @@ def view_arrays(
     for where, named in evidence.items():
         arrays |= {f"{where}:{name}": _clipped(values) for name, values in named.items()}
     return arrays
+
+
+def save_views(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write the arrays of a file, whole or not at all, and return their digest."""
+    return save_predictions(path, arrays, zipfile.ZIP_BZIP2)
 
 
 def arrays_views(arrays: Mapping[str, np.ndarray], parts: Mapping[str, Predictions]) -> ViewFile:

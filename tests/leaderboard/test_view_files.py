@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from multiplicity_bench.errors import UserError
-from multiplicity_bench.leaderboard.predictions import save_predictions
-from multiplicity_bench.leaderboard.view_files import arrays_views, load_views, view_arrays, views_of
+from multiplicity_bench.leaderboard.view_files import arrays_views, load_views, save_views, view_arrays, views_of
 from multiplicity_bench.metrics.api import Predictions
 from multiplicity_bench.metrics.context import decide, softmax
 
@@ -68,7 +67,7 @@ def test_evidence_keeps_its_place_its_name_and_what_is_undefined():
 def test_a_file_of_other_predictions_or_none_is_told(tmp_path):
     part = predictions()
     path = tmp_path / "a.views.npz"
-    save_predictions(path, view_arrays({"test/jpeg-3": part}, {}, "binary"))
+    save_views(path, view_arrays({"test/jpeg-3": part}, {}, "binary"))
     assert load_views(path, {"test": part}).predictions["test/jpeg-3"].logits.shape == (5, 20, 2)
     with pytest.raises(UserError, match="is no file of views"):
         load_views(path, {"val": part})
