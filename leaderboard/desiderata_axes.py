@@ -17,8 +17,7 @@ from ..metrics.context import BASE, MEMBERS, Context
 from ..metrics.decisions import ambiguous, disagreement, votes
 from ..metrics.explanations import Comparators, PairwiseAgreement, explanation_summary
 from ..metrics.intervals import CaseMean, Estimate
-from ..metrics.ood import EVIDENCE as DETECTOR
-from ..metrics.ood import ood_views
+from ..metrics.ood import OODScores, Scored, member_detectors, ood_metrics, ood_views
 from ..metrics.ood_set import detector_agreement, gains_over_confidence, set_detectors, unseen_by_confidence
 from ..metrics.performance import calibration_errors
 from ..metrics.privacy import Resampling, evidence_name, leak_by_k, membership_inference, set_scores
@@ -89,7 +88,9 @@ def outliers(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
     """Yield, of every view out of distribution, AUROCs of the set's scores and how alike its members' detectors are.
 
     A score's name: its AUROC; `gain of` it: less that of the ensemble's confidence; `unseen, by` it: among images that
-    confidence lets pass. correlation of, flags of a detector: `rank_correlation`, `flag_disagreement`.
+    confidence lets pass. Of members' own detectors: correlation of, flags of: `rank_correlation`, `flag_disagreement`;
+    AUPR out of, AUPR in of, false alarms of: members' mean (see `ood_metrics`). Of two classes, entropy ranks as
+    max_softmax does: it is left out.
     """
     views = attempt(ood_views, test)
     for name, view in {}.items() if isinstance(views, Undefined) else views.items():
@@ -102,15 +103,23 @@ def outliers(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
             values = attempt(measure, test, view)
             if not isinstance(values, Undefined):
                 found |= {words + score: value for score, value in values.items()}
-        for detector in sorted(test.evidence.keys() & view.evidence.keys()):
-            if not detector.startswith(DETECTOR):
+        for detector, scored in member_detectors(test, view, MEMBERS).items():
+            if detector == "entropy" and test.classes == 2:
                 continue
-            scores = test.evidence[detector].members, view.evidence[detector].members
-            alike = attempt(detector_agreement, *scores)
-            plain = detector.removeprefix(DETECTOR)
+            alike = attempt(detector_agreement, scored.inside, scored.outside)
             for words, field in (("correlation of", "rank_correlation"), ("flags of", "flag_disagreement")):
-                found[f"{words} {plain}"] = alike if isinstance(alike, Undefined) else getattr(alike, field)
+                found[f"{words} {detector}"] = alike if isinstance(alike, Undefined) else getattr(alike, field)
+            each = attempt(_of_members, scored)
+            for words, field in (("AUPR out of", "aupr_out"), ("AUPR in of", "aupr_in"), ("false alarms of", "fpr95")):
+                value = each if isinstance(each, Undefined) else float(np.mean([getattr(m, field) for m in each]))
+                found[f"{words} {detector}"] = value
         yield name, found
+
+
+def _of_members(scored: Scored) -> list[OODScores]:
+    if not len(scored.inside):
+        raise Undefined("no member accepted")
+    return [ood_metrics(inside, outside) for inside, outside in zip(scored.inside, scored.outside, strict=True)]
 
 
 def calibration(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]:

@@ -110,7 +110,8 @@ ALIKE = """\
 *false alarms*: share of test that confidence flags together with 95% of the view (lower is better). *unseen by
 confidence*: AUROC among the images that confidence lets pass; 0.5: the score knows nothing more. *correlation*: of two
 members' scores of the same images (Spearman; 1: alike). *flags that differ*: share of pairs of members of which one
-flags an image and one does not, each above 95% of test (0: alike).
+flags an image and one does not, each above 95% of test (0: alike). *precision and recall*: area under the curve,
+members' mean (higher is better; by chance the share of what is positive).
 """
 
 CALIBRATION = """\
@@ -185,7 +186,13 @@ SHIFTS = {
 
 UNSEEN, GAIN = "unseen, by ", "gain of "
 AGREEMENTS = {"agreement": "correlation", "null": "correlation", "ceiling": "correlation", "share": "number"}
-ALIKENESS = {"correlation of ": ("correlation", "correlation"), "flags of ": ("flags that differ", "rate")}
+OF_DETECTORS = {
+    "correlation of ": ("correlation", "correlation"),
+    "flags of ": ("flags that differ", "rate"),
+    "AUPR out of ": ("precision and recall, view positive", "rate"),
+    "AUPR in of ": ("precision and recall, test positive", "rate"),
+    "false alarms of ": ("false alarms at 95% detected", "rate"),
+}
 
 
 def render_desiderata(found: Sequence[tuple[Suite, Science]]) -> str:
@@ -379,7 +386,7 @@ def _scores(board: Board, view: str, told: Mapping[str, Any]) -> list[str]:
     for text, before, scores in (("AUROC of the set's scores", "", names), ("unseen by confidence", UNSEEN, unseen)):
         columns = [Column(_spaced(name), told[before + name], cell_of(board, "rate")) for name in scores]
         parts += _titled(f"{view}: {text}", tabled(board, columns))
-    for before, (text, unit) in ALIKENESS.items():
+    for before, (text, unit) in OF_DETECTORS.items():
         of = [name for name in sorted(told) if name.startswith(before)]
         columns = [Column(name.removeprefix(before), told[name], cell_of(board, unit)) for name in of]
         parts += _titled(f"{view}: members' detectors, {text}", tabled(board, columns, abreast=len(columns)))
