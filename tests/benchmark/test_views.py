@@ -54,10 +54,11 @@ def test_a_record_says_what_was_seen_and_scores_the_views_of_test(seen):
     assert record["scores"]["accuracy.base/pgd_transfer-8"]["value"] == record["scores"]["accuracy.base/pgd-8"]["value"]
 
 
-def test_the_record_is_what_it_is_without_views_but_for_them(seen, make_spec, tmp_path_factory):
+def test_the_record_is_what_it_is_without_views_but_for_them(seen, make_spec):
     spec, record, _ = seen
     folder = Path(spec.options.records_dir).parent
-    plain, _ = Run(make_spec(folder, *(o for o in ASKED if o not in (VIEWS, EVIDENCE))), Session()).record()
+    asked = [o for o in ASKED if o not in (VIEWS, EVIDENCE)]
+    plain, _ = Run(make_spec(folder, *asked, f"records_dir={folder}/plain"), Session()).record()
     assert "views" not in plain and plain["key"] == record["key"]
     assert plain["scores"] == {k: v for k, v in record["scores"].items() if "/" not in k}
 
@@ -66,7 +67,8 @@ def test_views_are_stored_one_by_one_so_that_one_more_computes_that_one_alone(se
     spec, _, _ = seen
     folder = Path(spec.options.records_dir).parent
     stored = {p.name: (p / "manifest.json").stat().st_mtime_ns for p in (folder / "artifacts" / "view").glob("[!.]*")}
-    more = make_spec(folder, *(o for o in ASKED if o != VIEWS), VIEWS.replace("]", ",jpeg-5]"))
+    asked = [VIEWS.replace("]", ",jpeg-5]") if o == VIEWS else o for o in ASKED]
+    more = make_spec(folder, *asked, f"records_dir={folder}/more")
     Run(more, Session()).record()
     now = {p.name: (p / "manifest.json").stat().st_mtime_ns for p in (folder / "artifacts" / "view").glob("[!.]*")}
     assert stored.items() <= now.items() and len(now) == len(stored) + 2
@@ -140,3 +142,30 @@ def test_a_view_that_the_dataset_cannot_have_is_refused_before_anything_is_compu
 def test_options_are_checked_with_close_names(run_benchmark, tmp_path, asked, said):
     answer = run_benchmark("generator=retrain", f"records_dir={tmp_path}", f"artifacts_dir={tmp_path}", asked)
     assert answer.code == 2 and len(answer.err) == 1 and said in answer.err[0]
+
+
+def test_one_run_prints_what_its_set_does_on_the_views(run_benchmark, tmp_path):
+    answer = run_benchmark(
+        "generator=identical",
+        *("dataset.train=80", "dataset.val=40", "dataset.test=40", "network=mlp", "network.width=8"),
+        *("training.epochs=1", "members=3", "k=2", "draws=20", "device=cpu", "threads=1", "view_members=2"),
+        *(f"records_dir={tmp_path}/r", f"artifacts_dir={tmp_path}/a", "views=[jpeg-3,ood-noise]"),
+    )
+    assert answer.code == 0
+    header, plain, jpeg, members, noise = answer.out[2:]
+    assert header.split()[:4] == ["accuracy", "on", "test", "base"] and jpeg.startswith("jpeg-3 ")
+    assert plain.split()[-1] == jpeg.split()[-1] == "0.000", "copies of the base never disagree"
+    assert members == "2 members are seen on views" and noise.startswith("ood-noise: uniform noise")
+
+
+def test_the_listing_names_what_views_are_made_of(run_benchmark):
+    out = "\n".join(run_benchmark("list=true").out)
+    for name in ("jpeg-1 to jpeg-5", "pgd-N", "ood-DATASET", "mahalanobis", "saliency"):
+        assert name in out.partition("\nviews\n")[2]
+
+
+def test_clean_keeps_the_views_of_a_record(seen, leaderboard):
+    spec, _, _ = seen
+    folders = ("--artifacts", spec.options.artifacts_dir, "--records", spec.options.records_dir)
+    lines = [line for line in leaderboard("clean", *folders).out if line.startswith("view ")]
+    assert lines and all(line.endswith("MB  needed") for line in lines)

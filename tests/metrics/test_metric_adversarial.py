@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from multiplicity_bench.metrics.api import METRICS, PerMember, Undefined
-from multiplicity_bench.metrics.context import BASE, MEMBERS, Context, Models, softmax
+from multiplicity_bench.metrics.context import BASE, MEMBERS, Context, Evidence, Models, softmax
 from multiplicity_bench.metrics.selection import Selection, select
 
 PATIENTS = np.repeat(np.arange(40), 3)
@@ -79,3 +79,19 @@ def test_the_member_that_withstands_most_on_val_is_chosen(make_part):
     assert selection.chosen == robust(val)["/pgd-4"].values.argmax()
     gain = robust(test)["/pgd-4"].values[selection.chosen] - robust(test, BASE)["/pgd-4"].values[0]
     assert selection.gain.value == pytest.approx(gain)
+
+
+def test_transfer_is_the_mean_of_the_stored_shares_over_the_cases_that_have_one(make_part):
+    part = make_part()
+    with pytest.raises(Undefined, match="no transfer of attacks"):
+        METRICS.get("transfer_accuracy")(part, MEMBERS)
+    shares = np.random.default_rng(1).random((5, 120))
+    shares[:, part.labels < 0] = np.nan
+    shares[3] = np.nan  # a member that was shown no other's images
+    part.evidence["transfer/pgd-4"] = Evidence(shares[1:], shares[0])
+    found = METRICS.get("transfer_accuracy")(part, Models((-1, 1)))["/pgd-4"]
+    known = part.labels >= 0
+    assert found.values == pytest.approx([shares[0, known].mean(), shares[2, known].mean()])
+    counts = part.bootstrap.counts[0][PATIENTS] * known
+    assert found.draws[0, 1] == pytest.approx(np.nansum(counts * shares[2]) / counts.sum(), abs=1e-6)
+    assert isinstance(METRICS.get("transfer_accuracy")(part, MEMBERS)["/pgd-4"], Undefined)
