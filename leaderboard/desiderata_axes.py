@@ -16,10 +16,10 @@ from ..metrics.calibration import after_temperature, brier_decomposition, episte
 from ..metrics.context import BASE, MEMBERS, Context
 from ..metrics.decisions import ambiguous, disagreement, votes
 from ..metrics.explanations import Comparators, PairwiseAgreement, explanation_summary
-from ..metrics.intervals import CaseMean, Estimate
+from ..metrics.intervals import CaseMean, Estimate, average
 from ..metrics.ood import OODScores, Scored, member_detectors, ood_metrics, ood_views
 from ..metrics.ood_set import detector_agreement, gains_over_confidence, set_detectors, unseen_by_confidence
-from ..metrics.performance import calibration_errors
+from ..metrics.performance import calibration_errors, errors
 from ..metrics.privacy import Resampling, evidence_name, leak_by_k, membership_inference, set_scores
 from ..metrics.shift import accuracy_on, rank_correlation, relative_accuracy, variance_ratio
 from ..metrics.unlabelled import error_estimates, label_shift
@@ -47,8 +47,9 @@ def mean_of_models(values: PerMember, patients: int) -> Estimate | Undefined:
 def accuracies(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]:
     """Yield, of test itself and of every view with labels, how right and how divided the set is there.
 
-    base, members, ensemble: accuracy; disagreement, ambiguity (at k); relative: members' `A_shift / A_clean`;
-    variance_ratio, rank_correlation: over members, of accuracy there and on test itself (D'Amour et al. 2022).
+    base, members, ensemble: accuracy; balanced_error: one less the mean recall of the classes, members' mean;
+    disagreement, ambiguity (at k); relative: members' `A_shift / A_clean`; variance_ratio, rank_correlation: over
+    members, of accuracy there and on test itself (D'Amour et al. 2022).
     """
     patients = test.bootstrap.patients
     clean = accuracy_on(test, MEMBERS, "")
@@ -62,6 +63,7 @@ def accuracies(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found
             "ensemble": Undefined("no member accepted")
             if right is None
             else test.bootstrap.mean(right.astype(np.float64), seen.known.astype(np.float64)),
+            "balanced_error": attempt(_balanced_error, test, seen),
             "disagreement": attempt(_disagreement, test, seen),
             "ambiguity": attempt(_ambiguity, test, seen, k),
         }
@@ -70,6 +72,17 @@ def accuracies(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found
             found["variance_ratio"] = attempt(variance_ratio, clean, shifted, patients)
             found["rank_correlation"] = attempt(rank_correlation, clean, shifted, patients)
         yield name or CLEAN, found
+
+
+def _balanced_error(test: Context, seen: Context) -> Estimate:
+    if not seen.size:
+        raise Undefined("no member accepted")
+    wrong = errors(seen.probabilities, seen.labels).mean(axis=0)
+    found = test.bootstrap.means([CaseMean(wrong, seen.labels == c) for c in range(seen.classes)])
+    of_classes = [e for e in found if isinstance(e, Estimate)]
+    if len(of_classes) < seen.classes:
+        raise Undefined("a class has no sample")
+    return average(of_classes)
 
 
 def _disagreement(test: Context, seen: Context) -> Estimate:
@@ -89,8 +102,7 @@ def outliers(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
 
     A score's name: its AUROC; `gain of` it: less that of the ensemble's confidence; `unseen, by` it: among images that
     confidence lets pass. Of members' own detectors: correlation of, flags of: `rank_correlation`, `flag_disagreement`;
-    AUPR out of, AUPR in of, false alarms of: members' mean (see `ood_metrics`). Of two classes, entropy ranks as
-    max_softmax does: it is left out.
+    AUPR out of, AUPR in of, false alarms of: members' mean (see `ood_metrics`).
     """
     views = attempt(ood_views, test)
     for name, view in {}.items() if isinstance(views, Undefined) else views.items():
@@ -104,8 +116,6 @@ def outliers(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
             if not isinstance(values, Undefined):
                 found |= {words + score: value for score, value in values.items()}
         for detector, scored in member_detectors(test, view, MEMBERS).items():
-            if detector == "entropy" and test.classes == 2:
-                continue
             alike = attempt(detector_agreement, scored.inside, scored.outside)
             for words, field in (("correlation of", "rank_correlation"), ("flags of", "flag_disagreement")):
                 found[f"{words} {detector}"] = alike if isinstance(alike, Undefined) else getattr(alike, field)

@@ -88,10 +88,11 @@ cases. {numbers}
 """
 
 SHIFTED = """\
-*relative*: accuracy on the view over that on `{clean}` (higher is better). *disagreement*, *ambiguity*: share of cases
-that two members decide differently, that one of {k} decides otherwise than the base. *variance ratio*: of members'
-accuracies, view over `{clean}`, which holds the noise of cases, too. *rank correlation*: of them over members; near 0,
-accuracy on `{clean}` does not tell who withstands the view. Ranges as above.
+*relative*: accuracy on the view over that on `{clean}` (higher is better). *balanced error*: mean over the classes
+(lower is better). *disagreement*, *ambiguity*: share of cases that two members decide differently, that one of {k}
+decides otherwise than the base. *variance ratio*: of members' accuracies, view over `{clean}`, which holds the noise of
+cases, too. *rank correlation*: of them over members; near 0, accuracy on `{clean}` does not tell who withstands the
+view. Ranges as above.
 """
 
 SET_SCORES = """\
@@ -177,6 +178,7 @@ MEASURES = {
 
 SHIFTS = {
     "relative": ("Relative accuracy", "ratio"),
+    "balanced_error": ("Balanced error", "rate"),
     "disagreement": ("Disagreement", "rate"),
     "ambiguity": ("Ambiguity", "rate"),
     "ensemble": ("Accuracy of the ensemble", "rate"),

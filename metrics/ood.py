@@ -97,9 +97,13 @@ class Scored:
 
 
 def member_detectors(context: Context, view: Context, models: Models) -> dict[str, Scored]:
-    """Return the scores of some networks by detector: of their probabilities, and those stored as evidence of both."""
+    """Return the scores of some networks by detector: of their probabilities, and those stored as evidence of both.
+
+    Of two classes, entropy ranks as max_softmax does: it is left out.
+    """
     inside, outside = models(context), models(view)
-    found = {f.__name__: Scored(f(inside), f(outside)) for f in (max_softmax, entropy)}
+    own = (max_softmax,) if context.classes == 2 else (max_softmax, entropy)
+    found = {f.__name__: Scored(f(inside), f(outside)) for f in own}
     for name in context.evidence.keys() & view.evidence.keys():
         if name.startswith(EVIDENCE):
             scores = Scored(models.evidence(context, name), models.evidence(view, name))

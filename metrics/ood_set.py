@@ -24,17 +24,18 @@ CONFIDENCE = "ensemble_max_softmax"
 def set_scores(context: Context) -> dict[str, np.ndarray]:
     """Return the set's scores of every image of a part or view, [sample] each, higher = further out.
 
-    `ensemble_max_softmax`, `ensemble_entropy`: of the mean of the members' probabilities; `mutual_information` (BALD):
-    that entropy less the members' own; `range`: viable prediction range of the positive class (more than two classes:
-    of the class that the base decides, for such images have no true one); `disagreement`: share of pairs of members
-    that decide differently. Raises Undefined for fewer than two members.
+    `ensemble_max_softmax`, `ensemble_entropy` (of two classes it ranks as the former, and is left out): of the mean of
+    the members' probabilities; `mutual_information` (BALD): the entropy less the members' own; `range`: viable
+    prediction range of the positive class (more than two classes: of the class that the base decides, for such images
+    have no true one); `disagreement`: share of pairs of members that decide differently. Raises Undefined for fewer
+    than two members.
     """
     if context.size < 2:
         raise Undefined(f"{context.size} of 2 accepted")
     followed = context.positive if context.classes == 2 else context.base_decisions
     return {
         CONFIDENCE: max_softmax(context.ensemble),
-        "ensemble_entropy": entropy(context.ensemble),
+        **({"ensemble_entropy": entropy(context.ensemble)} if context.classes > 2 else {}),
         "mutual_information": mutual_information(context.probabilities),
         "range": viable_prediction_range(context.probabilities, followed),
         "disagreement": disagreement(votes(context.decisions, context.classes)),

@@ -97,7 +97,7 @@ def made_up() -> dict[str, Any]:
     accuracies = {
         view: {
             name: quantity(new)
-            for name in ("base", "members", "ensemble", "disagreement", "ambiguity")
+            for name in ("base", "members", "ensemble", "balanced_error", "disagreement", "ambiguity")
             + (() if view == "clean" else ("relative", "variance_ratio", "rank_correlation"))
         }
         for view in VIEWS
