@@ -22,10 +22,7 @@ from .over_seeds import json_number, over_seeds
 from .sights import Sight, Sights, attached
 
 VERSION = 1
-VERDICTS = (
-    *("corrupted_accuracy", "robust_accuracy", "ood_auroc", "adaptive_calibration_error"),
-    "saliency_agreement",
-)
+VERDICTS = ("corrupted_accuracy", "robust_accuracy", "ood_auroc", "adaptive_calibration_error", "saliency_agreement")
 """Properties by which members are chosen; which of their suffixes, says `headline`."""
 
 Select = Callable[[Sights, Sequence[str], Callable[[str], bool]], dict[str, Any]]
@@ -69,10 +66,9 @@ def headline(key: str) -> bool:
     name, _, suffix = key.partition("/")
     if name in ("robust_accuracy", "adaptive_calibration_error", "corrupted_accuracy"):
         return name == "robust_accuracy" or not suffix
-    detector = suffix.partition(":")[2]
-    return (
-        name == "ood_auroc" and detector in ("max_softmax", "mahalanobis")
-    ) or key == "saliency_agreement/gradient:spearman"
+    if name == "ood_auroc":
+        return suffix.endswith((":max_softmax", ":mahalanobis"))
+    return key == "saliency_agreement/gradient:spearman"
 
 
 def _axis(sights: Sights, of_axis: Axis, k: int) -> dict[str, Any]:
@@ -89,7 +85,11 @@ def _axis(sights: Sights, of_axis: Axis, k: int) -> dict[str, Any]:
 
 
 def _over_labels(sight: Sight, of_axis: Axis, k: int) -> dict[str, Found]:
-    per_label = [dict(of_axis(val, test, k)) for val, test in zip(sight.val, sight.test, strict=True)]
+    """Return an axis's items, mean over labels; none where a label has no case to tell anything by."""
+    try:
+        per_label = [dict(of_axis(val, test, k)) for val, test in zip(sight.val, sight.test, strict=True)]
+    except Undefined:
+        return {}
     return {
         item: {name: _mean([label[item][name] for label in per_label]) for name in quantities}
         for item, quantities in per_label[0].items()
