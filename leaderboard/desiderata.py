@@ -8,6 +8,7 @@ seeds together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..metrics.intervals import Estimate, average
 from ..metrics.ladder import ladder, specifications
 from .desiderata_axes import AXES, Axis, Found, attempt, mean_of_models
 from .over_seeds import json_number, over_seeds
-from .sights import Sight, Sights, attached
+from .sights import Sight, Sights, attached, taken
 
 VERSION = 1
 VERDICTS = ("corrupted_accuracy", "robust_accuracy", "ood_auroc", "adaptive_calibration_error", "saliency_agreement")
@@ -209,12 +210,12 @@ def _ladder(sight: Sight, k: int) -> list[dict[str, Any]] | None:
     cell = sight.cell
     if cell.val.task == "multilabel" or cell.views is None:
         return None
-    taken = min((len(p.logits) for p in cell.views.predictions.values()), default=0)
     made = np.flatnonzero(~cell.membership.failed)
-    made = made[made < taken]
+    made = made[made < taken(cell.views)]
     if not len(made):
         return None
-    (val,), (test,) = (attached(cell, cell.views, part, made) for part in ("val", "test"))
+    bare = replace(cell, settings=replace(cell.settings, draws=0))  # ranges need no draws
+    (val,), (test,) = (attached(bare, cell.views, part, made) for part in ("val", "test"))
     properties: dict[str, np.ndarray] = {}
     for name, metric in METRICS.load_all():
         if metric.info.level == "property" and name in VERDICTS:

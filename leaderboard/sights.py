@@ -42,10 +42,15 @@ def sights(cells: Cells) -> Sights:
 
 def sight(cell: Evidence, file: ViewFile) -> Sight:
     """Return what the accepted members among those that views take were seen to do."""
-    taken = min((len(p.logits) for p in file.predictions.values()), default=len(cell.val.logits))
-    members = cell.accepted[cell.accepted < taken]
+    members = cell.accepted[cell.accepted < taken(file)]
     val, test = (attached(cell, file, part, members) for part in ("val", "test"))
     return Sight(cell, members, val, test)
+
+
+def taken(file: ViewFile) -> int:
+    """Return how many members of its set a file of views took: the first so many."""
+    of_evidence = [len(values) - 1 for named in file.evidence.values() for values in named.values()]
+    return max([*(len(p.logits) for p in file.predictions.values()), *of_evidence], default=0)
 
 
 def attached(cell: Evidence, file: ViewFile, part: str, members: np.ndarray) -> list[Context]:
@@ -53,14 +58,15 @@ def attached(cell: Evidence, file: ViewFile, part: str, members: np.ndarray) -> 
     found = cell.problems(part, members)
     for context in found:
         context.evidence |= _evidence(file.evidence.get(part, {}), members)
+    seed, draws = cell.settings.seed, cell.settings.draws
     for key, predictions in file.predictions.items():
         of_part, _, name = key.partition("/")
         if of_part != part:
             continue
-        seed, draws = cell.settings.seed, cell.settings.draws
-        if predictions.labels.min(initial=0) < 0 <= found[0].labels.max():  # images of their own, that nobody labelled
-            seed = derive_seed(seed, "view", name) % 2**32
-        bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, draws, seed)
+        bootstrap = found[0].bootstrap  # a shifted view shows the part's own cases
+        if predictions.labels.max(initial=-1) < 0 <= found[0].labels.max(initial=-1):  # images that nobody labelled
+            own_seed = derive_seed(seed, "view", name) % 2**32
+            bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, draws, own_seed)
         for context, shown in zip(found, contexts(predictions, members, bootstrap, seed), strict=True):
             shown.evidence |= _evidence(file.evidence.get(key, {}), members)
             context.views[name] = shown
