@@ -150,7 +150,8 @@ MEMBERSHIP = """\
 AUC (0.5: chance; lower is better) by which an attacker tells training cases from others, given one network, {k} or all
 of a set; of the base in its own row. *TPR*: share of training cases found while at most 1% of others are taken for
 them. *range*: of single members' AUC, as above. Of {gains} differences *k less one* in this section, {above} have an
-interval above 0 (more networks leak more) and {below} one below, each by itself.
+interval above 0 (more networks leak more) and {below} one below, each by itself. The attacker's own networks are
+trained on fewer cases than these were: the leak is at least what is found.
 """
 
 LADDER = """\
