@@ -121,7 +121,7 @@ def spec_of(record: dict[str, Any], **options: Any) -> Any:
     from .spec import Options, Spec, create, resolve_device
     from .train import Training
 
-    identity, protocol = record["identity"], record["protocol"]
+    identity, protocol, seen = record["identity"], record["protocol"], record.get("views") or {}
     training = Training(**{k: v for k, v in identity["training"].items() if k != "version"})
     chosen = Options(
         training=training,
@@ -131,6 +131,8 @@ def spec_of(record: dict[str, Any], **options: Any) -> Any:
         device=identity["numerics"]["device"],
         tf32=identity["numerics"]["tf32"],
         threads=record["cost"].get("threads", 0),
+        views=list(seen.get("views", [])),
+        view_members=seen.get("members", Options.view_members),
         **options,
     )
     registries = {"dataset": DATASETS, "network": NETWORKS, "generator": GENERATORS}

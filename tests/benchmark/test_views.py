@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from multiplicity_bench.benchmark.board import spec_of
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard.predictions import load_predictions
@@ -87,6 +88,12 @@ def test_the_file_holds_the_first_members_and_evidence_of_all_of_them(file):
     own = views.predictions["test/pgd-8"].base.argmax(axis=-1) == test.labels
     assert transferred.shape == (4, 40) and transferred[0].mean() >= own.mean()  # its own attack is the worst
     assert views.evidence["test"]["saliency_null/gradient/spearman"].shape == (1, 40)
+
+
+def test_a_run_made_again_from_its_record_sees_the_same_views(seen, tmp_path):
+    spec, record, _ = seen
+    again = spec_of(record, artifacts_dir=str(tmp_path), records_dir=str(tmp_path))
+    assert set(again.views) == set(spec.views) and again.options.view_members == 3
 
 
 def test_verify_scores_the_views_again_and_finds_one_that_was_changed(seen, leaderboard):
