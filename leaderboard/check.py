@@ -10,13 +10,13 @@ from typing import Any
 from ..errors import UserError
 from ..metrics.api import Score, Settings
 from . import record as records_module
-from .cells import Record, is_candidate, settle_all, verified
+from .cells import Record, is_candidate, settle, settle_all, verified
 from .notes import off_null
 from .predictions import load_arrays, load_predictions, predictions_digest
 from .render import render, render_csv
 from .science_files import science_problems
 from .suite import Suite, load_suite, suite_names
-from .view_files import SUFFIX, load_views, views_of
+from .view_files import SUFFIX, load_view_arrays, load_views, views_of
 
 FOLDER = Path(__file__).parent
 """The committed board: `records/`, `predictions/<suite>/`, `suites/`, LEADERBOARD.md and leaderboard.csv; what was
@@ -121,7 +121,7 @@ def verify(record_path: Path, predictions_folder: Path) -> list[str]:
         views = views_of(record, file)
         if views is None:
             differences.append(f"{file.name}: the file of its views is not beside it")
-        elif predictions_digest(load_arrays(views)) != record[records_module.VIEWS]["digest"]:
+        elif predictions_digest(load_view_arrays(views)) != record[records_module.VIEWS]["digest"]:
             differences.append(f"{views}: is not the file that the record was made from (digest differs)")
         else:
             shown = load_views(views, {"val": val, "test": test}).predictions
@@ -170,14 +170,17 @@ def _predictions(folder: Path, board: list[Suite], records: list[Record]) -> Ite
             yield f"{path}: belongs to no record of a board suite that commits predictions: remove it"
             continue
         try:
-            if predictions_digest(load_arrays(path)) != record[section]["digest"]:
+            read = load_arrays if section == "predictions" else load_view_arrays
+            if predictions_digest(read(path)) != record[section]["digest"]:
                 yield f"{path}: is not what record {record['name']} was made from, section '{section}': restore it"
         except UserError as error:
             yield str(error)
     names = {path.name for path in present}
     for suite in committing:
+        seen = suite.views or suite.evidence
+        filling = {r["name"] for r in settle(suite, records).records} if seen else set()
         for record in (r for r in records if r["status"] == "ok" and is_candidate(suite, r)):
-            for section in FILED[: 2 if suite.views or suite.evidence else 1]:
+            for section in FILED[: 2 if record["name"] in filling else 1]:
                 file = _file(record, section)
                 if file is None:
                     yield f"{record['name']}: names no {section}, which suite {suite.name} commits: run the suite again"

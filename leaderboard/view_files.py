@@ -9,6 +9,7 @@ stand in the predictions file: a view shows the same cases, or none that have an
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import numpy as np
 from ..errors import UserError
 from ..metrics.api import Predictions
 from ..metrics.views import OUTLIERS
-from .predictions import PRECISION, load_arrays, rounded, save_predictions
+from .predictions import PRECISION, load_arrays, predictions_digest, rounded, save_predictions
 
 SUFFIX = ".views.npz"
 DIGITS = 7
@@ -52,8 +53,33 @@ def view_arrays(
 
 
 def save_views(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
-    """Write the arrays of a file, whole or not at all, and return their digest."""
-    return save_predictions(path, arrays, zipfile.ZIP_BZIP2)
+    """Write the arrays of a file, whole or not at all, and return their digest, which is of the arrays as they are.
+
+    All of them in one stream: a hundred small ones would take more room for their names than for their numbers.
+    """
+    index = [[name, list(arrays[name].shape)] for name in sorted(arrays)]
+    flat = [np.asarray(arrays[name], PRECISION).ravel(order="F") for name in sorted(arrays)]
+    packed = {
+        "index": np.frombuffer(json.dumps(index).encode(), np.uint8),
+        "values": np.concatenate([np.zeros(0, PRECISION), *flat]),
+    }
+    save_predictions(path, packed, zipfile.ZIP_BZIP2)
+    return predictions_digest(arrays)
+
+
+def load_view_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file that `save_views` wrote; UserError if it is absent or broken."""
+    packed = load_arrays(path)
+    try:
+        index, values, start = json.loads(bytes(packed["index"])), packed["values"], 0
+        arrays = {}
+        for name, shape in index:
+            stop = start + int(np.prod(shape))
+            arrays[name] = np.ascontiguousarray(values[start:stop].reshape(shape, order="F"))
+            start = stop
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no file of views ({error}): restore it") from error
+    return arrays
 
 
 def arrays_views(arrays: Mapping[str, np.ndarray], parts: Mapping[str, Predictions]) -> ViewFile:
@@ -71,7 +97,7 @@ def arrays_views(arrays: Mapping[str, np.ndarray], parts: Mapping[str, Predictio
 def load_views(path: Path, parts: Mapping[str, Predictions]) -> ViewFile:
     """Read a file that `view_arrays` made; UserError if it is absent, broken, or not of these predictions."""
     try:
-        return arrays_views(load_arrays(path), parts)
+        return arrays_views(load_view_arrays(path), parts)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: is no file of views ({error}): restore it") from error
 

@@ -11,7 +11,7 @@ from multiplicity_bench.benchmark.board import spec_of
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard.predictions import load_predictions
-from multiplicity_bench.leaderboard.view_files import load_views, views_of
+from multiplicity_bench.leaderboard.view_files import load_view_arrays, load_views, save_views, views_of
 
 VIEWS = "views=[gaussian_noise-3,pgd-8,test/pgd_transfer-8,ood-noise]"
 EVIDENCE = "evidence=[mahalanobis,energy,saliency,transfer,membership]"
@@ -104,8 +104,7 @@ def test_verify_scores_the_views_again_and_finds_one_that_was_changed(seen, lead
     file = path.parent.parent / "predictions" / "tiny" / changed["views"]["file"]
     kept = file.read_bytes()
     try:
-        with np.load(file) as arrays:
-            np.savez(file, **{n: (-a if n == "test/pgd-8" else a) for n, a in arrays.items()})
+        save_views(file, {n: (-a if n == "test/pgd-8" else a) for n, a in load_view_arrays(file).items()})
         answer = leaderboard("verify", str(path))
         assert answer.code == 2 and "is not the file that the record was made from" in answer.err[0]
         file.unlink()

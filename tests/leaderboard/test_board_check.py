@@ -195,6 +195,7 @@ def test_a_control_off_its_null_values_fails_the_check(board, suite, make_record
         (lambda f: (f / "science" / "old.json").write_text("{}"), "science/old.json: belongs to no board suite"),
         (lambda f: edit(f / "science" / "toy.json", '"groups": "', '"groups": "0'), "was computed from other records"),
         (lambda f: edit(f / "FAIRNESS.md", "Who", "Whoever"), "FAIRNESS.md: is not what science/ says"),
+        (lambda f: edit(f / "DESIDERATA.md", "What", "Whatever"), "DESIDERATA.md: is not what science/ says"),
         (lambda f: grouped(f, "old"), "groups/old.json: belongs to no board suite"),
         (lambda f: grouped(f, "toy"), "groups/toy.json: was made from other data: run `make groups`"),
     ],
@@ -204,6 +205,12 @@ def test_science_that_is_not_of_these_records_is_found_and_named(board, spoil, s
     spoil(board)
     (problem,) = problems(board)
     assert said in problem
+
+
+def test_views_that_a_suite_declares_are_asked_of_every_record_of_its_table(board):
+    edit(board / "suites" / "toy.yaml", "predictions: true", "predictions: true\nviews: [jpeg-3]")
+    found = list(problems(board))
+    assert len(found) == 3 and all("names no views, which suite toy commits" in problem for problem in found)
 
 
 def edit(path: Path, old: str, new: str) -> None:

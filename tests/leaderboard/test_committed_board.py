@@ -39,7 +39,7 @@ def test_every_cell_of_a_board_suite_is_filled_from_a_clean_tree(name, records):
     found = {(r["row"], r["identity"]["base_seed"]) for r in of(suite, records)}
     assert found == {(row.label, seed) for row, seed in suite.cells()}
     assert not any(r["provenance"]["dirty"] for r in of(suite, records))
-    assert len(suite.base_seeds) >= 5
+    assert len(suite.base_seeds) >= 5 or suite.single_base
     assert {row.generator for row in suite.rows} >= {"identical", "logit_noise", "temperature"}
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from multiplicity_bench.errors import UserError
+from multiplicity_bench.leaderboard.predictions import save_predictions
 from multiplicity_bench.leaderboard.view_files import arrays_views, load_views, save_views, view_arrays, views_of
 from multiplicity_bench.metrics.api import Predictions
 from multiplicity_bench.metrics.context import decide, softmax
@@ -71,6 +72,9 @@ def test_a_file_of_other_predictions_or_none_is_told(tmp_path):
     assert load_views(path, {"test": part}).predictions["test/jpeg-3"].logits.shape == (5, 20, 2)
     with pytest.raises(UserError, match="is no file of views"):
         load_views(path, {"val": part})
+    save_predictions(tmp_path / "other.npz", {"values": np.zeros(3, np.float16)})
+    with pytest.raises(UserError, match="is no file of views"):
+        load_views(tmp_path / "other.npz", {"test": part})
     record = {"views": {"file": "a.views.npz"}}
     assert views_of(record, tmp_path / "a.npz") == path
     assert views_of(record, tmp_path / "elsewhere" / "a.npz") is None and views_of({}, tmp_path / "a.npz") is None
