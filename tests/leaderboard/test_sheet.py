@@ -17,7 +17,7 @@ from multiplicity_bench.leaderboard.predictions import (
     predictions_arrays,
     save_predictions,
 )
-from multiplicity_bench.leaderboard.record import read, write
+from multiplicity_bench.leaderboard.record import read, read_all, write
 from multiplicity_bench.leaderboard.sheet import case_card, sheet
 from multiplicity_bench.leaderboard.text import end, number
 from multiplicity_bench.metrics.abstention import abstention
@@ -340,8 +340,9 @@ def test_a_change_of_the_predictions_that_was_not_recorded_is_never_shown(kept):
 @pytest.mark.parametrize("suite", ["phantom", "breastmnist"])
 def test_committed_records_have_sheets_and_cards(suite, capsys):
     chosen = {}
-    for file in sorted((FOLDER / "predictions" / suite).glob("*.npz")):
-        record = read(FOLDER / "records" / f"{file.stem}.json")
+    records = {r["predictions"]["file"]: r for r in read_all(FOLDER / "records")}
+    for file in sorted(p.name for p in (FOLDER / "predictions" / suite).iterdir() if p.name in records):
+        record = records[file]
         chosen.setdefault(bool(record["set"]["accepted"]), record)
     for some, record in chosen.items():
         code, text, _ = run(capsys, "sheet", record["name"])
