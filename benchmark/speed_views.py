@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,10 +22,9 @@ from .attacks import Attack, attack, choose_attack_strategy, predict_each
 from .board import spec_of
 from .networks import Network
 from .stages import Run, Session
-from .timing import as_row, timed
+from .timing import timed
 from .views import shifted
 
-REPEATS = 5
 MEMBERS, IMAGES = 20, 128
 
 
@@ -36,7 +34,7 @@ def pgd_smallcnn_20(device: torch.device) -> dict[str, Any]:
     Both start at random, take signed steps, project, and predict the attacked images; ours also keeps the strongest
     change of every case. The loop takes all 128 images at once.
     """
-    from .speed import diagonal_set
+    from .speed import compare, diagonal_set
 
     split = PhantomCXR(train=IMAGES, val=50, test=50).load(None).splits["train"]
     images, labels = (torch.from_numpy(a).to(device) for a in (split.images, split.labels))
@@ -62,14 +60,7 @@ def pgd_smallcnn_20(device: torch.device) -> dict[str, Any]:
             with torch.no_grad():
                 module(x).cpu()
 
-    seconds: dict[Callable[[], None], list[float]] = {ours: [], loop: []}
-    for repeat in range(REPEATS + 1):
-        for way, times in seconds.items():
-            took = timed(way, device)
-            if repeat:
-                times.append(took)
-    row = as_row("pgd_smallcnn_20", seconds[ours], seconds[loop], device)
-    return row | {"text": f"strategy {strategy}"}
+    return compare("pgd_smallcnn_20", device, ours, loop) | {"text": f"strategy {strategy}"}
 
 
 def views_breastmnist_20() -> tuple[str, str]:

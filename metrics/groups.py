@@ -232,19 +232,19 @@ def _permutation(
     sizes = np.diff(np.append(starts, len(codes)))
     if all((codes[s : s + n] == codes[s]).all() for s, n in zip(starts, sizes)):
         values, weight = (np.add.reduceat(a, starts, axis=1) for a in (values, weight))
-        codes, blocks = codes[starts], [rows[:, None] for rows in _classes_of_sizes(sizes)]
+        codes, blocks = codes[starts], [rows[:, None] for rows in classes_of_sizes(sizes)]
     else:
         blocks = [starts[sizes == n][:, None] + np.arange(n) for n in np.unique(sizes)]
     weights, of_quantity = np.unique(weight, axis=0, return_inverse=True)  # mostly one: every case counts alike
     sums, of_quantity = np.concatenate([values, weights]).T, len(values) + of_quantity.reshape(-1)
     observed = _gaps(codes[None], codes, sums, of_quantity)[0]
-    gaps = [_gaps(permuted, codes, sums, of_quantity) for permuted in _permuted(codes, blocks, permutations, rng)]
+    gaps = [_gaps(permuted, codes, sums, of_quantity) for permuted in permuted_codes(codes, blocks, permutations, rng)]
     null = np.concatenate(gaps)
     beyond = (null >= observed - _ROUNDING).sum(axis=0)
     return (1 + beyond) / (1 + permutations), np.quantile(null, 0.95, axis=0)
 
 
-def _classes_of_sizes(sizes: np.ndarray) -> list[np.ndarray]:
+def classes_of_sizes(sizes: np.ndarray) -> list[np.ndarray]:
     """Return the patients of every class of sizes: neighbouring sizes, until a class holds 10 of them."""
     classes: list[np.ndarray] = []
     waiting = np.empty(0, np.int64)
@@ -260,7 +260,7 @@ def _classes_of_sizes(sizes: np.ndarray) -> list[np.ndarray]:
     return classes
 
 
-def _permuted(
+def permuted_codes(
     codes: np.ndarray, blocks: Sequence[np.ndarray], permutations: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Yield permuted codes [draw, unit], some draws at a time; blocks: units [patient, image], rows change places."""

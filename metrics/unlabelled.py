@@ -17,7 +17,7 @@ from .api import Undefined
 from .calibration import same_cases
 from .context import Context, decide, member_mean
 from .decisions import disagreement, votes
-from .groups import _classes_of_sizes, _permuted
+from .groups import classes_of_sizes, permuted_codes
 from .intervals import CaseMean, Estimate, PatientBootstrap
 from .performance import errors
 
@@ -240,8 +240,8 @@ def _permutation_p(
     rng = np.random.default_rng(derive_seed(seed, "label shift", permutations))
     observed = [test(codes[None])[0] * (1 - _ROUNDING) for test in tests]
     beyond = np.zeros(len(tests))
-    blocks = [rows[:, None] for rows in _classes_of_sizes(sizes)]
-    for permuted in _permuted(codes, blocks, permutations, rng):
+    blocks = [rows[:, None] for rows in classes_of_sizes(sizes)]
+    for permuted in permuted_codes(codes, blocks, permutations, rng):
         beyond += [(test(permuted) >= t).sum() for test, t in zip(tests, observed)]
     return ((1 + beyond) / (1 + permutations)).tolist()
 
