@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from multiplicity_bench.benchmark import views
 from multiplicity_bench.benchmark.board import spec_of
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.errors import UserError
@@ -175,3 +176,25 @@ def test_clean_keeps_the_views_of_a_record(seen, leaderboard):
     folders = ("--artifacts", spec.options.artifacts_dir, "--records", spec.options.records_dir)
     lines = [line for line in leaderboard("clean", *folders).out if line.startswith("view ")]
     assert lines and all(line.endswith("MB  needed") for line in lines)
+
+
+def test_an_attack_that_was_interrupted_goes_on_where_it_stopped(make_spec, tmp_path, monkeypatch):
+    asked = ("generator=retrain", "members=3", "views=[test/pgd-8]")
+    whole, _ = Run(make_spec(tmp_path / "whole", *asked), Session()).record()
+    monkeypatch.setattr(views, "MEMBERS", 1)
+    attacked, calls = views.attacked_images, []
+
+    def failing(run, block, view, strategy):
+        calls.append(block.start)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attacked(run, block, view, strategy)
+
+    monkeypatch.setattr(views, "attacked_images", failing)
+    spec = make_spec(tmp_path / "parts", *asked)
+    with pytest.raises(KeyboardInterrupt):
+        Run(spec, Session()).record()
+    assert calls == [0, 0, 1], "the base, the first member, and the second, which was interrupted"
+    again, _ = Run(spec, Session()).record()
+    assert calls[3:] == [0, 1, 2], "the base once more, and the members that were left"
+    assert again["scores"] == whole["scores"] and again["views"]["digest"] == whole["views"]["digest"]
