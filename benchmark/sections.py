@@ -82,7 +82,7 @@ def views_section(seen: Shifted, digest: str) -> dict[str, Any]:
         "file": None,
         "digest": digest,
         "members": seen.members,
-        "views": sorted(seen.predictions),
+        "views": sorted(seen.logits),
         "evidence": {where: sorted(named) for where, named in seen.evidence.items()},
         "notes": list(seen.notes),
         "seconds": seen.seconds,

@@ -35,7 +35,7 @@ class Options:
     members: networks drawn; epsilon: tolerance of membership, in nats on val; epsilons: those at which acceptance is
     shown; k: the common number of members at which set metrics are compared; loss: that of membership; draws, seed: of
     the bootstrap over patients; views: shifted views to predict on, as in [jpeg-3,pgd-4,ood-noise]; evidence: what else
-    to measure, of energy, max_logit, mahalanobis, knn, vim (detectors of outliers), saliency and membership;
+    to measure, of energy, max_logit, mahalanobis, knn, vim (detectors of outliers), saliency, transfer and membership;
     view_members: networks of the set that both take; threads: CPU threads (0 = all); the rest is told by its name or in
     the README.
     """

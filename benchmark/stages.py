@@ -256,7 +256,7 @@ class Run:
             return None
         strategy = self.store.about("predictions", self.keys["predictions"])["strategy"]
         found = shifted(self, model_set, predictions, evaluation.accepted, strategy)
-        arrays = view_arrays(found.predictions, found.evidence, self.data.task)
+        arrays = view_arrays(found.logits, found.evidence, self.data.task)
         return Seen(found, arrays, arrays_views(arrays, parts))
 
     def time_base_training(self) -> float:

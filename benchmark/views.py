@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Shifted:
-    """All that a run saw beside val and test themselves. seconds: by view or kind of evidence, when it was computed."""
+    """All that a run saw beside val and test themselves.
+
+    logits: float32 [member + 1, sample, class] by view, the base first; seconds: by view or kind of evidence, when it
+    was computed.
+    """
 
     members: int
-    predictions: dict[str, Predictions]
+    logits: dict[str, np.ndarray]
     evidence: dict[str, dict[str, np.ndarray]]
     notes: tuple[str, ...]
     seconds: dict[str, float]
@@ -76,19 +80,19 @@ def check_views(run: Run) -> None:
 def shifted(
     run: Run, model_set: ModelSet, parts: Mapping[str, Predictions], accepted: np.ndarray, strategy: str
 ) -> Shifted:
-    """Return the predictions on the views and the evidence that the run asks for, computed where they are not stored.
+    """Return the logits on the views and the evidence that the run asks for, computed where they are not stored.
 
     parts: the set's predictions in float32 by part, made in `strategy`; accepted: indices of the accepted members.
     """
     few = model_set.first(run.spec.options.view_members)
     judged = Judged(few, parts, accepted[accepted < few.size], strategy)
-    predictions: dict[str, Predictions] = {}
+    logits: dict[str, np.ndarray] = {}
     evidence: dict[str, dict[str, np.ndarray]] = {}
     notes: list[str] = []
     seconds: dict[str, float] = {}
     for view in run.spec.views:
         seen = _view(run, few, view, strategy)
-        predictions[str(view)] = _predictions(run, few, view, seen.logits)
+        logits[str(view)] = seen.logits
         notes += [note for note in seen.notes if note not in notes]
         seconds[str(view)] = _about(run, few, view.__dict__)["seconds"]
     for kind in run.spec.options.evidence:
@@ -97,7 +101,7 @@ def shifted(
             evidence.setdefault(where, {}).update(arrays)
         notes += [note for note in found.notes if note not in notes]
         seconds["detectors" if kind in DETECTORS else kind] = _about(run, few, asked_of(run, judged, kind))["seconds"]
-    return Shifted(few.size, predictions, evidence, tuple(notes), seconds)
+    return Shifted(few.size, logits, evidence, tuple(notes), seconds)
 
 
 def _identity(run: Run, few: ModelSet, asked: dict[str, Any]) -> dict[str, Any]:
@@ -209,25 +213,6 @@ def _attacked(run: Run, few: ModelSet, view: View, strategy: str, checkpoint: Fi
             checkpoint.save(f"attacked {start}", kept)
         rows.append(kept["logits"].numpy())
     return np.concatenate(rows)
-
-
-def _predictions(run: Run, few: ModelSet, view: View, logits: np.ndarray) -> Predictions:
-    split = run.data.splits[view.part]
-    own = Predictions(
-        logits=logits[1:],
-        base=logits[0],
-        labels=split.labels,
-        task=run.data.task,
-        view=str(view),
-        positive=run.data.positive,
-        patient=split.patient,
-        attributes=dict(split.attributes),
-        failed=tuple(m for m in few.failed if m < few.size),
-    )
-    if view.kind != "outliers":
-        return own
-    unknown = np.full((logits.shape[1], *split.labels.shape[1:]), -1)
-    return replace(own, labels=unknown, patient=None, attributes={})
 
 
 def _evidence(run: Run, judged: Judged, kind: str) -> Measured:

@@ -15,7 +15,7 @@ from ..metrics.api import PerMember, Undefined
 from ..metrics.calibration import after_temperature, brier_decomposition, epistemic_share, temperature
 from ..metrics.context import BASE, MEMBERS, Context
 from ..metrics.decisions import ambiguous, disagreement, votes
-from ..metrics.explanations import Comparators, PairwiseAgreement, explanation_summary
+from ..metrics.explanations import Comparators, explanation_summary
 from ..metrics.intervals import CaseMean, Estimate, average
 from ..metrics.ood import OODScores, Scored, member_detectors, ood_metrics, ood_views
 from ..metrics.ood_set import detector_agreement, gains_over_confidence, set_detectors, unseen_by_confidence
@@ -186,11 +186,9 @@ def saliency(val: Context, test: Context, k: int) -> Iterator[tuple[str, Found]]
     of the way from chance to one model."""
     for name in sorted(n for n in test.evidence if n.startswith(_SALIENCY)):
         _, method, measure = name.split("/")
-        own = test.evidence[name]
-        zeros = np.zeros(len(own.base), np.int64)
         null, ceiling = (test.evidence[f"saliency_{kind}/{method}/{measure}"].base for kind in ("null", "ceiling"))
-        beside, pairs = Comparators(null, ceiling), PairwiseAgreement(own.members, own.base, zeros, zeros)
-        summary = attempt(explanation_summary, pairs, beside, test.bootstrap)
+        members, beside = test.evidence[name].members, Comparators(null, ceiling)
+        summary = attempt(explanation_summary, members, beside, test.bootstrap)
         fields = ("agreement", "null", "ceiling", "share")
         yield (
             f"{method}:{measure}",

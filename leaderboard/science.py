@@ -184,8 +184,19 @@ def parts(
 
 
 def to_text(science: Mapping[str, Any]) -> str:
-    """Return the file's text: sorted keys, so that a change is a change of lines."""
-    return json.dumps(science, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """Return the file's text: sorted keys, and a line for what holds no further lists or mappings, so that a change is
+    a change of lines."""
+    return _lines(science, "") + "\n"
+
+
+def _lines(value: Any, margin: str) -> str:
+    inner = margin + " "
+    if isinstance(value, Mapping) and any(isinstance(v, (Mapping, list)) for v in value.values()):
+        entries = (f"{inner}{json.dumps(k, ensure_ascii=False)}: {_lines(v, inner)}" for k, v in sorted(value.items()))
+        return "{\n" + ",\n".join(entries) + f"\n{margin}}}"
+    if isinstance(value, list) and any(isinstance(v, (Mapping, list)) for v in value):
+        return "[\n" + ",\n".join(f"{inner}{_lines(v, inner)}" for v in value) + f"\n{margin}]"
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ rows are required:
     predictions: bool       whether predictions are committed beside the records (false)
     views: [str]            shifted views that are predicted and committed, as in [jpeg-3, pgd-4, ood-noise] ([])
     evidence: [str]         what else is measured and committed: energy | max_logit | mahalanobis | knn | vim (detectors
-                            of outliers) | saliency | membership ([])
+                            of outliers) | saliency | transfer | membership ([])
     view_members: int       members of every set that views and evidence take, the first ones (20)
     intersections: [str]    groups that the fairness page forms from attributes of the data, as in ["sex*view"] ([])
     min_patients: int       patients that a group needs to count (25)

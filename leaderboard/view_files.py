@@ -2,7 +2,7 @@
 
 Arrays are float16 with the base as their first row: `val/jpeg-3` [member + 1, sample, class] holds logits, and
 `test:saliency/gradient/spearman` or `test/ood-noise:detector/knn` evidence of a part or view. Numbers are rounded to 7
-binary digits, by at most 0.8 % of themselves: no sign changes, and files are half as large. Single-label logits are
+binary digits, by at most 0.8 % of themselves: no sign changes, and files are two fifths smaller. Single-label logits are
 kept as in a predictions file, of two classes only their difference (second less first). Labels, patients and attributes
 stand in the predictions file: a view shows the same cases, or none that have any.
 """
@@ -36,17 +36,18 @@ class ViewFile:
 
 
 def view_arrays(
-    predictions: Mapping[str, Predictions], evidence: Mapping[str, Mapping[str, np.ndarray]], task: str
+    logits: Mapping[str, np.ndarray], evidence: Mapping[str, Mapping[str, np.ndarray]], task: str
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of a file; numbers beyond float16 become its largest."""
+    """Return the arrays of a file; numbers beyond float16 become its largest.
+
+    logits: [member + 1, sample, class] by view; evidence: by part or view and name; the base first in both.
+    """
     arrays: dict[str, np.ndarray] = {}
-    for name, p in predictions.items():
-        logits = np.concatenate([np.asarray(p.base)[None], p.logits])
-        if task != "multilabel" and logits.shape[-1] == 2:
-            logits = logits[..., 1:].astype(np.float64) - logits[..., :1]
-            arrays[name] = _clipped(logits)
+    for name, rows in logits.items():
+        if task != "multilabel" and rows.shape[-1] == 2:
+            arrays[name] = _clipped(rows[..., 1:].astype(np.float64) - rows[..., :1])
         else:
-            arrays[name] = _clipped(np.stack([rounded(row, task) for row in logits]))
+            arrays[name] = _clipped(np.stack([rounded(row, task) for row in rows]))
     for where, named in evidence.items():
         arrays |= {f"{where}:{name}": _clipped(values) for name, values in named.items()}
     return arrays
@@ -55,7 +56,7 @@ def view_arrays(
 def save_views(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Write the arrays of a file, whole or not at all, and return their digest, which is of the arrays as they are.
 
-    All of them in one stream: a hundred small ones would take more room for their names than for their numbers.
+    All of them in one stream: apart, a hundred small ones took a third more room.
     """
     index = [[name, list(arrays[name].shape)] for name in sorted(arrays)]
     flat = [np.asarray(arrays[name], PRECISION).ravel(order="F") for name in sorted(arrays)]

@@ -58,8 +58,7 @@ class ExplanationSummary:
     """Agreement within a set beside its comparators, all over the same cases.
 
     share: `(agreement - null)/(ceiling - null)`, the part of the way from null to ceiling, above 1 for copies of one
-    network, whose images are not changed; cases: that all three are defined for; left_out: the others; pairs: compared
-    pairs of members, and constant: constant maps, of all cases.
+    network, whose images are not changed; cases: that all three are defined for; left_out: the others.
     """
 
     agreement: Estimate
@@ -68,8 +67,6 @@ class ExplanationSummary:
     share: Estimate | Undefined
     cases: int
     left_out: int
-    pairs: int
-    constant: int
 
 
 def evidence_name(method: str, measure: str) -> str:
@@ -161,16 +158,14 @@ def comparators(base_maps: np.ndarray, random_maps: np.ndarray, noised_maps: np.
     return Comparators(null, agreement(base_maps, noised_maps, measure))
 
 
-def explanation_summary(
-    found: PairwiseAgreement, beside: Comparators, bootstrap: PatientBootstrap
-) -> ExplanationSummary:
+def explanation_summary(members: np.ndarray, beside: Comparators, bootstrap: PatientBootstrap) -> ExplanationSummary:
     """Return the set's mean agreement beside null and ceiling, with intervals over patients.
 
-    A case's agreement is the mean over its members. Cases for which one of the three is undefined are left out of all
-    of them, and counted. The share of the way is Undefined where the ceiling is not above the null. Raises
-    Undefined when no case is left.
+    members: [member, sample], as in `PairwiseAgreement`. A case's agreement is the mean over its members. Cases for
+    which one of the three is undefined are left out of all of them, and counted. The share of the way is Undefined
+    where the ceiling is not above the null. Raises Undefined when no case is left.
     """
-    per_case = np.stack([_mean_of_defined(found.members, axis=0), beside.null, beside.ceiling])
+    per_case = np.stack([_mean_of_defined(members, axis=0), beside.null, beside.ceiling])
     defined = np.isfinite(per_case).all(axis=0)
     if not defined.any():
         raise Undefined("no case that two members decide alike, with maps that vary")
@@ -183,8 +178,6 @@ def explanation_summary(
         share=_share(own, null, ceiling),
         cases=int(defined.sum()),
         left_out=int((~defined).sum()),
-        pairs=int(found.pairs.sum()),
-        constant=int(found.constant.sum()),
     )
 
 

@@ -24,11 +24,16 @@ def predictions(task: str = "binary", classes: int = 2, part: str = "test") -> P
     )
 
 
+def rows(p: Predictions) -> np.ndarray:
+    """Logits with the base first."""
+    return np.concatenate([p.base[None], p.logits])
+
+
 @pytest.mark.parametrize(("task", "classes"), [("binary", 2), ("multiclass", 4), ("multilabel", 3)])
 def test_a_view_read_again_decides_as_it_did_with_probabilities_to_a_percent_of_the_log_odds(task, classes):
     part = predictions(task, classes)
     shown = replace(part, logits=part.logits[:3] + 1.0, base=part.base + 1.0, view="test/jpeg-3")
-    arrays = view_arrays({"test/jpeg-3": shown}, {}, task)
+    arrays = view_arrays({"test/jpeg-3": rows(shown)}, {}, task)
     assert arrays["test/jpeg-3"].dtype == np.float16
     assert arrays["test/jpeg-3"].shape == (4, 20, 1 if task == "binary" else classes)
     again = arrays_views(arrays, {"test": part}).predictions["test/jpeg-3"]
@@ -47,7 +52,7 @@ def test_a_view_read_again_decides_as_it_did_with_probabilities_to_a_percent_of_
 def test_outliers_have_no_labels_no_patients_and_cases_of_their_own():
     part = predictions()
     outside = replace(part, logits=part.logits[:, :7], base=part.base[:7], labels=np.full(7, -1), patient=None)
-    arrays = view_arrays({"test/ood-noise": outside}, {}, "binary")
+    arrays = view_arrays({"test/ood-noise": rows(outside)}, {}, "binary")
     again = arrays_views(arrays, {"test": part}).predictions["test/ood-noise"]
     assert (again.labels == -1).all() and len(again.labels) == 7
     assert again.patient is None and again.attributes == {}
@@ -68,7 +73,7 @@ def test_evidence_keeps_its_place_its_name_and_what_is_undefined():
 def test_a_file_of_other_predictions_or_none_is_told(tmp_path):
     part = predictions()
     path = tmp_path / "a.views.npz"
-    save_views(path, view_arrays({"test/jpeg-3": part}, {}, "binary"))
+    save_views(path, view_arrays({"test/jpeg-3": rows(part)}, {}, "binary"))
     assert load_views(path, {"test": part}).predictions["test/jpeg-3"].logits.shape == (5, 20, 2)
     with pytest.raises(UserError, match="is no file of views"):
         load_views(path, {"val": part})

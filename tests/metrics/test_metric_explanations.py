@@ -206,8 +206,8 @@ def test_the_summary_places_the_set_between_null_and_ceiling_on_the_same_cases()
     counts = np.full(80, 3)
     found = PairwiseAgreement(members, np.zeros(80), counts, counts * 0 + 1)
     bootstrap = PatientBootstrap(80, None, 200, 0)
-    summary = explanation_summary(found, Comparators(null, ceiling), bootstrap)
-    assert (summary.cases, summary.left_out, summary.pairs, summary.constant) == (77, 3, 240, 80)
+    summary = explanation_summary(found.members, Comparators(null, ceiling), bootstrap)
+    assert (summary.cases, summary.left_out) == (77, 3)
     assert summary.null.value == pytest.approx(null[3:].mean()) and summary.ceiling.n == 77
     assert summary.agreement.value == pytest.approx(members[1, 3:].mean())
     # every case is a quarter of the way, and so is every draw
@@ -220,8 +220,8 @@ def test_the_summary_places_the_set_between_null_and_ceiling_on_the_same_cases()
 def test_a_ceiling_that_is_not_above_the_null_leaves_no_share():
     one = np.ones(10)
     found = PairwiseAgreement(np.full((2, 10), 0.5), one, np.ones(10, np.int64), np.zeros(10, np.int64))
-    summary = explanation_summary(found, Comparators(0.4 * one, 0.4 * one), PatientBootstrap(10, None, 20, 0))
+    summary = explanation_summary(found.members, Comparators(0.4 * one, 0.4 * one), PatientBootstrap(10, None, 20, 0))
     assert isinstance(summary.share, Undefined) and str(summary.share) == "the ceiling is not above the null"
     assert summary.agreement.value == pytest.approx(0.5)
     with pytest.raises(Undefined, match="no case that two members decide alike"):
-        explanation_summary(found, Comparators(np.nan * one, one), PatientBootstrap(10, None, 20, 0))
+        explanation_summary(found.members, Comparators(np.nan * one, one), PatientBootstrap(10, None, 20, 0))
