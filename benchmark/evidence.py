@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..generators.modelset import Block, ModelSet
-from ..metrics.api import Predictions
+from ..metrics.api import Predictions, Undefined
 from ..metrics.explanations import MEASURES, comparators, evidence_name, pairwise_agreement
 from ..metrics.views import DETECTORS, PARTS, View
 from .explanations import (
@@ -132,7 +132,11 @@ def saliency(run: Run, judged: Judged) -> Measured:
         for part in PARTS:
             maps = _maps(run, judged, part, method)
             for measure in MEASURES:
-                constant = _compare(judged, part, maps, method, measure, arrays[part])
+                try:
+                    constant = _compare(judged, part, maps, method, measure, arrays[part])
+                except Undefined as reason:  # images smaller than the window of a measure
+                    notes[f"no {measure} of explanations: {reason}"] = None
+                    continue
                 if constant:
                     notes[f"{method} on {part}: {constant} constant maps, compared with none"] = None
     return Measured(arrays, tuple(notes))
@@ -202,8 +206,8 @@ def transfer(run: Run, judged: Judged) -> Measured:
     """Measure how every network decides images of test that were changed for the others.
 
     The others are `SOURCES` networks, the base and the first accepted members, each attacked as by the run's views; a
-    network's own images, and those of its equals, do not count: what is stored is the share of the others' images that
-    it decides rightly, by case. Multi-label tasks have none.
+    network's own images do not count: what is stored is the share of the others' images that it decides rightly, by
+    case. Multi-label tasks have none.
     """
     from .views import attacked_images
 

@@ -2,9 +2,9 @@
 
 Arrays are float16 with the base as their first row: `val/jpeg-3` [member + 1, sample, class] holds logits, and
 `test:saliency/gradient/spearman` or `test/ood-noise:detector/knn` evidence of a part or view. Numbers are rounded to 7
-binary digits, by at most 0.8 % of themselves: no sign changes, and files are two fifths smaller. Single-label logits are
-kept as in a predictions file, of two classes only their difference (second less first). Labels, patients and attributes
-stand in the predictions file: a view shows the same cases, or none that have any.
+binary digits, by at most 0.8 % of themselves: no sign changes, and files are two fifths smaller. Single-label logits
+are kept as in a predictions file, of two classes only their difference (second less first). Labels, patients and
+attributes stand in the predictions file: a view shows the same cases, or none that have any.
 """
 
 from __future__ import annotations
