@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from multiplicity_bench.benchmark import views
+from multiplicity_bench.benchmark import evidence, views
 from multiplicity_bench.benchmark.board import spec_of
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard.predictions import load_predictions
 from multiplicity_bench.leaderboard.view_files import load_view_arrays, load_views, save_views, views_of
+from multiplicity_bench.metrics.api import Undefined
 
 VIEWS = "views=[gaussian_noise-3,pgd-8,test/pgd_transfer-8,ood-noise]"
 EVIDENCE = "evidence=[mahalanobis,energy,saliency,transfer,membership]"
@@ -198,3 +199,19 @@ def test_an_attack_that_was_interrupted_goes_on_where_it_stopped(make_spec, tmp_
     again, _ = Run(spec, Session()).record()
     assert calls[3:] == [0, 1, 2], "the base once more, and the members that were left"
     assert again["scores"] == whole["scores"] and again["views"]["digest"] == whole["views"]["digest"]
+
+
+def test_images_too_small_for_a_measure_of_explanations_are_a_note(make_spec, tmp_path, monkeypatch):
+    compared = evidence.comparators
+
+    def refusing(*maps):
+        if maps[-1] == "ssim":
+            raise Undefined("maps of 6 x 6 pixels are smaller than a window of 7")
+        return compared(*maps)
+
+    monkeypatch.setattr(evidence, "comparators", refusing)
+    record, _ = Run(make_spec(tmp_path, "generator=identical", "evidence=[saliency]"), Session()).record()
+    assert "no ssim of explanations: maps of 6 x 6 pixels are smaller than a window of 7" in record["views"]["notes"]
+    assert "no Grad-CAM: network=mlp has no convolution" in record["views"]["notes"]
+    names = record["views"]["evidence"]["test"]
+    assert "saliency/gradient/spearman" in names and "saliency/gradient/ssim" not in names
