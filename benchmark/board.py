@@ -133,6 +133,7 @@ def spec_of(record: dict[str, Any], **options: Any) -> Any:
         threads=record["cost"].get("threads", 0),
         views=list(seen.get("views", [])),
         view_members=seen.get("members", Options.view_members),
+        view_cases=seen.get("cases", Options.view_cases),
         **options,
     )
     registries = {"dataset": DATASETS, "network": NETWORKS, "generator": GENERATORS}

@@ -29,6 +29,7 @@ Options (NAME=VALUE):
   k                  common number of members at which sets are compared (5)
   views              shifted views of val and test, CORRUPTION-SEVERITY, ATTACK-GREYLEVELS or ood-DATASET, as in
                      [jpeg-3,test/pgd-4,ood-noise] (none), for the first view_members of a set (20)
+                     and view_cases of val and of test (0: all)
   evidence           what else is measured of these: energy, max_logit, mahalanobis, knn, vim (detectors of outliers),
                      saliency, transfer (of attacks), membership (does it tell that a case was trained on?) (none)
   loss               loss of membership: nll, zero_one, auroc, balanced_accuracy, brier (nll)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..generators.modelset import Block, ModelSet
 from ..metrics.api import Predictions, Undefined
 from ..metrics.explanations import MEASURES, comparators, evidence_name, pairwise_agreement
-from ..metrics.views import DETECTORS, PARTS, View
+from ..metrics.views import DETECTORS, PARTS, View, shown_cases
 from .explanations import (
     METHODS,
     explain,
@@ -44,7 +44,7 @@ BLOCK = 8
 class Judged:
     """The networks that views take, `few`, as val and test saw them, and who of them is accepted (indices).
 
-    parts: predictions in float32 by part, of all members; strategy: that of these predictions.
+    parts: predictions in float32 on the cases that views show, by part, of all members; strategy: that of them.
     """
 
     few: ModelSet
@@ -87,7 +87,7 @@ def detectors(run: Run, judged: Judged) -> Measured:
     few, asked = judged.few, _detectors(run)
     if reason := skip_reason(run.network, few):
         return Measured({}, (f"no detectors: {reason}",))
-    seen = {part: run.part(part).images for part in PARTS}
+    seen = {part: run.shown(part).images for part in PARTS}
     seen |= {str(view): view_images(run, view)[0] for view in run.spec.views if view.kind == "outliers"}
     reasons: dict[str, str] = {}
     rows: dict[str, list[np.ndarray]] = {where: [] for where in seen}
@@ -143,7 +143,7 @@ def saliency(run: Run, judged: Judged) -> Measured:
 
 
 def _maps(run: Run, judged: Judged, part: str, method: str) -> _Explained:
-    images = run.part(part).images[:SALIENCY_CASES] + 0  # + 0: of streamed images an ordinary tensor
+    images = run.shown(part).images[:SALIENCY_CASES] + 0  # + 0: of streamed images an ordinary tensor
     classes = explained_classes(judged.parts[part].base[: len(images)])
     several = run.data.task == "multilabel"
 
@@ -198,8 +198,10 @@ def membership(run: Run, judged: Judged) -> Measured:
     found = shadows(run)
     seen = pool_of(run, found.train_rows, found.test_rows)
     logits = all_logits(run.network, run.base(), judged.few, seen.images, judged.strategy)
-    cases = len(judged.parts["test"].base)
-    return Measured({"test": membership_evidence(found, logits, seen.labels.cpu().numpy(), cases)})
+    cases = len(run.part("test"))
+    arrays = membership_evidence(found, logits, seen.labels.cpu().numpy(), cases)
+    rows = shown_cases("test", cases, run.spec.options.view_cases or cases)
+    return Measured({"test": {n: a[:, rows] if n.endswith("/out") else a for n, a in arrays.items()}})
 
 
 def transfer(run: Run, judged: Judged) -> Measured:
@@ -211,7 +213,7 @@ def transfer(run: Run, judged: Judged) -> Measured:
     """
     from .views import attacked_images
 
-    part, few = run.part("test"), judged.few
+    part, few = run.shown("test"), judged.few
     if run.data.task == "multilabel":
         return Measured({}, ("no transfer of attacks: cases with several labels are not simply right or wrong",))
     arrays: dict[str, np.ndarray] = {}

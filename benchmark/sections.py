@@ -76,12 +76,16 @@ def data_section(data: Data) -> dict[str, Any]:
     }
 
 
-def views_section(seen: Shifted, digest: str) -> dict[str, Any]:
-    """Return what the record says about shifted views and other evidence; digest: of the arrays of their file."""
+def views_section(seen: Shifted, digest: str, cases: int) -> dict[str, Any]:
+    """Return what the record says about shifted views and other evidence.
+
+    digest: of the arrays of their file; cases: of a part, that they show (0: all).
+    """
     return {
         "file": None,
         "digest": digest,
         "members": seen.members,
+        **({"cases": cases} if cases else {}),
         "views": sorted(seen.logits),
         "evidence": {where: sorted(named) for where, named in seen.evidence.items()},
         "notes": list(seen.notes),

@@ -36,8 +36,8 @@ class Options:
     shown; k: the common number of members at which set metrics are compared; loss: that of membership; draws, seed: of
     the bootstrap over patients; views: shifted views to predict on, as in [jpeg-3,pgd-4,ood-noise]; evidence: what else
     to measure, of energy, max_logit, mahalanobis, knn, vim (detectors of outliers), saliency, transfer and membership;
-    view_members: networks of the set that both take; threads: CPU threads (0 = all); the rest is told by its name or in
-    the README.
+    view_members: networks of the set that both take; view_cases: cases of val and of test that they show, drawn at
+    random once for all (0: all); threads: CPU threads (0 = all); the rest is told by its name or in the README.
     """
 
     dataset: Any = None
@@ -59,6 +59,7 @@ class Options:
     views: Any = field(default_factory=list)
     evidence: Any = field(default_factory=list)
     view_members: int = 20
+    view_cases: int = 0
     device: str = "auto"
     tf32: bool = False
     threads: int = 0
@@ -204,7 +205,7 @@ def set_numerics(spec: Spec) -> None:
 
 
 def _check(o: Options) -> None:
-    least = dict.fromkeys(("threads", "base_seed", "generator_seed", "resample_seed", "seed"), 0)
+    least = dict.fromkeys(("threads", "view_cases", "base_seed", "generator_seed", "resample_seed", "seed"), 0)
     for name, low in (least | {"members": 1, "k": 1, "draws": 1, "view_members": 1}).items():
         value = getattr(o, name)
         if value is not None and value < low:

@@ -32,6 +32,7 @@ from ..leaderboard.predictions import PRECISION, arrays_predictions, predictions
 from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, save_views, view_arrays
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate, view_scores
+from ..metrics.views import shown_cases
 from .memory import PeakMemory
 from .networks import Network
 from .objectives import Grouping
@@ -104,6 +105,14 @@ class Run:
             labels = torch.from_numpy(split.labels).to(self.device)
             self._parts[name] = Part(on_device(split.pixels, self.device), labels)
         return self._parts[name]
+
+    def shown(self, name: str) -> Part:
+        """Return images and labels of those cases of a split that shifted views show."""
+        part, count = self.part(name), self.spec.options.view_cases
+        if not 0 < count < len(part):
+            return part
+        rows = torch.from_numpy(shown_cases(name, len(part), count)).to(self.device)
+        return Part(part.images[rows], part.labels[rows])
 
     def plan(self) -> list[tuple[str, str, bool]]:
         """Return (stage, key, already there) for every stage."""
@@ -412,7 +421,7 @@ class Run:
             if seen is not None:
                 scores = view_scores(seen.file.predictions, evaluation.accepted, settings)
                 record["scores"] |= {key: plain_score(score) for key, score in scores.items()}
-                record["views"] = views_section(seen.found, array_digest(seen.arrays))
+                record["views"] = views_section(seen.found, array_digest(seen.arrays), self.spec.options.view_cases)
             if suite is not None:
                 name = records.seal(record)["name"]
                 path = folder.parent / "predictions" / suite / f"{name}.npz"

@@ -55,6 +55,7 @@ def compose_cell(suite: Suite, row: Row, base_seed: int, overrides: Sequence[str
         f"device={suite.device}",
         *(f"{name}={_text(list(getattr(suite, name)))}" for name in ("views", "evidence") if getattr(suite, name)),
         f"view_members={suite.view_members}",
+        f"view_cases={suite.view_cases}",
         *([f"threads={suite.threads}"] if suite.threads else []),
     ]
     # A later override of a group (dataset=...) drops the settings that the suite declared for another component.

@@ -1,9 +1,10 @@
 """What a run's networks say of shifted views of val and test, and what else is measured of them.
 
 Every view, and every kind of evidence, is an artifact of its own: asking for one more computes that one alone. They
-take the first members of the set (`view_members`), for an attack costs a member tens of predictions. Images of a view
-depend on the data alone, never on a seed of the run, so that all sets of a dataset are seen by the same ones (attacks:
-made for each network, from the same starts).
+take the first members of the set (`view_members`), and may show some of the cases only (`view_cases`), for an attack
+costs a member tens of predictions. Images of a view depend on the data and on `view_cases` alone, never on a seed of
+the run, so that all sets of a dataset are seen by the same ones (attacks: made for each network, from the same
+starts).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..generators.modelset import Block, ModelSet
 from ..identity import derive_seed, digest
 from ..metrics.api import Predictions
-from ..metrics.views import DETECTORS, View
+from ..metrics.views import DETECTORS, View, shown_cases
 from .evidence import MEASURE, Judged, Measured, asked_of
 from .predict import all_logits, base_block, block_size
 from .progress import progress
@@ -85,6 +86,8 @@ def shifted(
     parts: the set's predictions in float32 by part, made in `strategy`; accepted: indices of the accepted members.
     """
     few = model_set.first(run.spec.options.view_members)
+    if count := run.spec.options.view_cases:
+        parts = {name: part.take(shown_cases(name, len(part.base), count)) for name, part in parts.items()}
     judged = Judged(few, parts, accepted[accepted < few.size], strategy)
     logits: dict[str, np.ndarray] = {}
     evidence: dict[str, dict[str, np.ndarray]] = {}
@@ -105,7 +108,9 @@ def shifted(
 
 
 def _identity(run: Run, few: ModelSet, asked: dict[str, Any]) -> dict[str, Any]:
-    return {"set": run.keys["set"], "members": few.size, "version": VERSION, "asked": asked}
+    identity = {"set": run.keys["set"], "members": few.size, "version": VERSION, "asked": asked}
+    cases = run.spec.options.view_cases
+    return identity | {"cases": cases} if cases else identity
 
 
 def _about(run: Run, few: ModelSet, asked: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def view_images(run: Run, view: View) -> tuple[Tensor, list[str]]:
     from ..datasets.corruptions import corrupt
     from ..datasets.outliers import outliers
 
-    own = run.part(view.part).images
+    own = run.shown(view.part).images
     if view.kind == "outliers":
         found = outliers(
             view.source,
@@ -181,7 +186,7 @@ def attacked_images(run: Run, block: Block, view: View, strategy: str) -> Tensor
     """Return a part's images as an attack changes them for each member of a block, float32 [member, sample, ...]."""
     from .attacks import attack
 
-    part = run.part(view.part)
+    part = run.shown(view.part)
     chosen, seed = attack_of(view, part.images[:1].numel()), derive_seed("attack", view.part)
     blocks = zip(part.images.split(BATCH), part.labels.split(BATCH))
     found = [
@@ -198,7 +203,7 @@ def _attacked(run: Run, few: ModelSet, view: View, strategy: str, checkpoint: Fi
     base = base_block(run.base())
     if view.operation.endswith("_transfer"):
         return all_logits(run.network, run.base(), few, attacked_images(run, base, view, "loop")[0], strategy)
-    images = run.part(view.part).images
+    images = run.shown(view.part).images
     chosen = checkpoint.once("strategy", lambda: choose_attack_strategy(run.network, few, images))
 
     def own_logits(block: Block) -> np.ndarray:

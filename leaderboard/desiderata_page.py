@@ -241,12 +241,21 @@ def _seen(board: Board) -> list[str]:
             kinds.setdefault(what, []).append(f"`{view}`")
     members = (
         f"Every view was shown to the base and to the first {suite.view_members} members of each set; of these, the "
-        f"accepted ones count, at most {found['members']}."
+        f"accepted ones count, at most {found['members']}.{_cases(suite)}"
     )
     lines = [f"{what}: {', '.join(names)}." for what, names in kinds.items()]
     lines += [f"{note}." for note in found["notes"]]
     reasons = [("no accepted member among them", f"`{label}`") for label, _ in shown_rows(suite, board.silent)]
     return ["### What was seen\n", paragraph(members), "".join(map(bullet, lines)), undefined_for(reasons)]
+
+
+def _cases(suite: Suite) -> str:
+    if not suite.view_cases:
+        return ""
+    return (
+        f" Views show {suite.view_cases} cases of val and of test, drawn at random once for all (of a part with fewer, "
+        "all): in this section `clean` and every other value are of these."
+    )
 
 
 def _headlines(board: Board) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..identity import derive_seed
+from ..metrics.api import Predictions
 from ..metrics.context import Context, contexts
 from ..metrics.context import Evidence as Measured
 from ..metrics.intervals import PatientBootstrap
-from .view_files import ViewFile
+from .view_files import ViewFile, of_cases
 
 if TYPE_CHECKING:
     from .science import Cells, Evidence
@@ -54,8 +55,11 @@ def taken(file: ViewFile) -> int:
 
 
 def attached(cell: Evidence, file: ViewFile, part: str, members: np.ndarray) -> list[Context]:
-    """Return what some members were seen to do on `val` or `test`, one context per label."""
-    found = cell.problems(part, members)
+    """Return what some members were seen to do on the cases of `val` or `test` that views show, a context per label."""
+    own: Predictions = getattr(cell, part)
+    cases = cell.record.get("views", {}).get("cases") or len(own.base)
+    shown = of_cases(own, part, cases)
+    found = (replace(cell, val=shown) if part == "val" else replace(cell, test=shown)).problems(part, members)
     for context in found:
         context.evidence |= _evidence(file.evidence.get(part, {}), members)
     seed, draws = cell.settings.seed, cell.settings.draws
@@ -67,9 +71,9 @@ def attached(cell: Evidence, file: ViewFile, part: str, members: np.ndarray) -> 
         if predictions.labels.max(initial=-1) < 0 <= found[0].labels.max(initial=-1):  # images that nobody labelled
             own_seed = derive_seed(seed, "view", name) % 2**32
             bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, draws, own_seed)
-        for context, shown in zip(found, contexts(predictions, members, bootstrap, seed), strict=True):
-            shown.evidence |= _evidence(file.evidence.get(key, {}), members)
-            context.views[name] = shown
+        for context, view in zip(found, contexts(predictions, members, bootstrap, seed), strict=True):
+            view.evidence |= _evidence(file.evidence.get(key, {}), members)
+            context.views[name] = view
     return found
 
 

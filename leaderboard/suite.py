@@ -25,6 +25,7 @@ rows are required:
     evidence: [str]         what else is measured and committed: energy | max_logit | mahalanobis | knn | vim (detectors
                             of outliers) | saliency | transfer | membership ([])
     view_members: int       members of every set that views and evidence take, the first ones (20)
+    view_cases: int         cases of val and of test that they show, drawn at random once for all; left out: all
     intersections: [str]    groups that the fairness page forms from attributes of the data, as in ["sex*view"] ([])
     min_patients: int       patients that a group needs to count (25)
     strata: [str]           hidden strata that are looked for: clusters | slices | disagreement ([])
@@ -124,6 +125,7 @@ class Suite:
     views: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     view_members: int = 20
+    view_cases: int = 0
     intersections: tuple[str, ...] = ()
     min_patients: int = MIN_PATIENTS
     strata: tuple[str, ...] = ()
@@ -402,6 +404,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "views": partial(_distinct, check=_view),
     "evidence": partial(_distinct, check=partial(_choice, known=EVIDENCE)),
     "view_members": partial(_integer, least=1),
+    "view_cases": partial(_integer, least=1),
     "intersections": partial(_distinct, check=_product),
     "min_patients": partial(_integer, least=5),
     "strata": partial(_distinct, check=partial(_choice, known=STRATA)),

@@ -4,7 +4,8 @@ Arrays are float16 with the base as their first row: `val/jpeg-3` [member + 1, s
 `test:saliency/gradient/spearman` or `test/ood-noise:detector/knn` evidence of a part or view. Numbers are rounded to 7
 binary digits, by at most 0.8 % of themselves: no sign changes, and files are two fifths smaller. Single-label logits
 are kept as in a predictions file, of two classes only their difference (second less first). Labels, patients and
-attributes stand in the predictions file: a view shows the same cases, or none that have any.
+attributes stand in the predictions file: a view shows the same cases (some of them: `shown_cases` of their number), or
+none that have any.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..metrics.api import Predictions
-from ..metrics.views import OUTLIERS
+from ..metrics.views import OUTLIERS, shown_cases
 from .predictions import PRECISION, load_arrays, predictions_digest, rounded, save_predictions
 
 SUFFIX = ".views.npz"
@@ -110,12 +111,18 @@ def views_of(record: Mapping[str, Any], predictions: Path) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def of_cases(predictions: Predictions, part: str, count: int) -> Predictions:
+    """Return the predictions on a part, on the cases that views show of it: so many."""
+    total = len(predictions.base)
+    return predictions if count >= total else predictions.take(shown_cases(part, total, count))
+
+
 def _shown(key: str, values: np.ndarray, part: Predictions) -> Predictions:
     if part.task != "multilabel" and values.shape[-1] == 1:
         values = np.concatenate([np.zeros_like(values), values], axis=-1)
     members = len(values) - 1
     own = replace(
-        part,
+        of_cases(part, key.partition("/")[0], values.shape[1]),
         logits=values[1:],
         base=values[0],
         view=key,

@@ -14,7 +14,7 @@ that reason:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +44,18 @@ class Predictions:
     ids: np.ndarray | None = None
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     failed: tuple[int, ...] = ()
+
+    def take(self, rows: np.ndarray) -> Predictions:
+        """Return the predictions on some samples, by their indices."""
+        return replace(
+            self,
+            logits=self.logits[:, rows],
+            base=self.base[rows],
+            labels=self.labels[rows],
+            patient=None if self.patient is None else self.patient[rows],
+            ids=None if self.ids is None else self.ids[rows],
+            attributes={name: codes[rows] for name, codes in self.attributes.items()},
+        )
 
 
 MIN_PATIENTS = 25

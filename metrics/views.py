@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import UserError, suggest
+from ..identity import derive_seed
 
 PARTS = ("val", "test")
 ATTACKS = ("fgsm", "pgd", "pgd_l2", "square", "pgd_transfer")
@@ -80,3 +83,12 @@ def parse_view(text: str) -> list[View]:
 def parse_views(names: Iterable[str]) -> list[View]:
     """Return the views of several names, each once, in their order."""
     return list(dict.fromkeys(view for name in names for view in parse_view(name)))
+
+
+def shown_cases(part: str, total: int, count: int) -> np.ndarray:
+    """Return which cases of a part views show, sorted rows int64 [min(count, total)]: drawn at random, once for all.
+
+    They depend on the numbers alone, and the cases of a smaller count are among those of a larger one.
+    """
+    rng = np.random.default_rng(derive_seed("views", "cases", part))
+    return np.sort(rng.permutation(total)[:count])

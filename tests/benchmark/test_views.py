@@ -14,6 +14,7 @@ from multiplicity_bench.errors import UserError
 from multiplicity_bench.leaderboard.predictions import load_predictions
 from multiplicity_bench.leaderboard.view_files import load_view_arrays, load_views, save_views, views_of
 from multiplicity_bench.metrics.api import Undefined
+from multiplicity_bench.metrics.views import shown_cases
 
 VIEWS = "views=[gaussian_noise-3,pgd-8,test/pgd_transfer-8,ood-noise]"
 EVIDENCE = "evidence=[mahalanobis,energy,saliency,transfer,membership]"
@@ -127,6 +128,34 @@ def test_copies_of_the_base_see_what_it_sees_and_outputs_without_weights_have_no
             )
     assert record["views"]["evidence"] == {}
     assert record["views"]["notes"][-1].startswith("no detectors: members that change the outputs")
+
+
+def test_views_of_some_cases_show_these_as_views_of_all_do_and_verify_finds_them(make_spec, tmp_path, leaderboard):
+    few = ("generator=retrain", "network=smallcnn", "network.width=4", "members=3", "views=[contrast_down-3,pgd-4]")
+    asked = (*few, "evidence=[energy,transfer,saliency,membership]")
+    whole, all_of_it = Run(make_spec(tmp_path, *asked, f"records_dir={tmp_path}/all/r"), Session()).record("tiny")
+    spec = make_spec(tmp_path, *asked, "view_cases=11", f"records_dir={tmp_path}/some/r")
+    record, path = Run(spec, Session()).record("tiny")
+    assert record["views"]["cases"] == 11 and "cases" not in whole["views"] and record["key"] == whole["key"]
+    rows = shown_cases("test", 40, 11)
+    (test, shown), (full_test, full) = (read_views(*pair) for pair in ((record, path), (whole, all_of_it)))
+    view, of_all = (v.predictions["test/contrast_down-3"] for v in (shown, full))
+    assert np.array_equal(view.labels, test.labels[rows]) and np.array_equal(test.labels, full_test.labels)
+    assert np.allclose(view.logits, of_all.logits[:, rows], atol=1e-2)
+    assert {n: len(v.base) for n, v in shown.predictions.items()} == dict.fromkeys(shown.predictions, 11)
+    for name in ("detector/energy", "transfer/pgd-4", "saliency/gradient/spearman", "membership/loss/out"):
+        assert shown.evidence["test"][name].shape == (4, 11)
+    out, of_all = (v.evidence["test"]["membership/loss/out"] for v in (shown, full))
+    assert np.array_equal(out, of_all[:, rows], equal_nan=True)
+    assert spec_of(record, artifacts_dir=str(tmp_path), records_dir=str(tmp_path)).options.view_cases == 11
+    assert leaderboard("verify", str(path)).code == 0
+
+
+def read_views(record, path):
+    """Return the predictions on test and the file of views that stand beside a record."""
+    file = path.parent.parent / "predictions" / "tiny" / record["predictions"]["file"]
+    val, test = load_predictions(file, "binary", record["data"]["positive"])
+    return test, load_views(views_of(record, file), {"val": val, "test": test})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from multiplicity_bench.leaderboard.sights import sight, sights
 from multiplicity_bench.leaderboard.view_files import ViewFile
 from multiplicity_bench.metrics.api import Predictions, Settings
 from multiplicity_bench.metrics.decisions import disagreement, votes
+from multiplicity_bench.metrics.views import shown_cases
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 SETTINGS = Settings(epsilon=10.0, k=2, draws=60)
@@ -74,6 +75,23 @@ def found(cells):
         return selections(both, 2, 10.0, 0.01, names, wanted)
 
     return json.loads(science.to_text(plain_values(desiderata(sights(cells), 2, choose))))
+
+
+def test_where_views_show_some_cases_everything_is_of_these(cells):
+    whole = cells["swag"][0]
+    rows = {name: shown_cases(name, CASES, 25) for name in ("val", "test")}
+    seen = ViewFile(
+        {n: p.take(rows[n.partition("/")[0]]) for n, p in whole.views.predictions.items() if "noise" not in n},
+        {"test": {n: values[:, rows["test"]] for n, values in whole.views.evidence["test"].items()}},
+    )
+    some = sight(replace(whole, record={"views": {"cases": 25}}), seen)
+    (test,), (all_of_it,) = some.test, sight(whole, whole.views).test
+    assert np.array_equal(some.members, sight(whole, whole.views).members), "accepted by the whole of val"
+    assert np.array_equal(test.probabilities, all_of_it.probabilities[:, rows["test"]])
+    assert np.array_equal(test.labels, all_of_it.labels[rows["test"]])
+    assert test.bootstrap.patients == len(np.unique(PATIENT[rows["test"]])) < all_of_it.bootstrap.patients
+    assert test.views["jpeg-2"].probabilities.shape == test.probabilities.shape
+    assert test.evidence["detector/knn"].members.shape == (len(some.members), 25)
 
 
 def test_views_are_of_the_accepted_members_that_they_take_and_share_the_parts_patients(cells):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -501,6 +502,11 @@ def test_intervals_end_where_values_do(found, suite):
     assert cells["Variance ratio"] == "2.000 [0.000,6.000]"
     assert cells["Relative accuracy"] == "0.980 [0.900,1.060]"
     assert cells["Disagreement"] == "0.010 [0.000,0.030]"
+
+
+def test_a_page_says_when_views_show_some_cases(found, suite, page):
+    assert "drawn at random once" not in page
+    assert "Views show 30 cases of val and of test" in " ".join(rendered(replace(suite, view_cases=30), found).split())
 
 
 def test_suites_without_views_are_left_out_and_with_none_the_page_says_so(found, suite):

@@ -7,7 +7,7 @@ import pytest
 from multiplicity_bench.errors import UserError
 from multiplicity_bench.metrics.api import Predictions, Settings
 from multiplicity_bench.metrics.evaluation import view_scores
-from multiplicity_bench.metrics.views import View, parse_view, parse_views
+from multiplicity_bench.metrics.views import View, parse_view, parse_views, shown_cases
 
 
 def test_a_name_means_both_parts_unless_it_names_one():
@@ -18,6 +18,14 @@ def test_a_name_means_both_parts_unless_it_names_one():
         "test/ood-noise",
         "test/jpeg-1",
     ]
+
+
+def test_cases_that_are_shown_are_the_same_for_all_and_fewer_are_among_more():
+    few, more = shown_cases("test", 300, 40), shown_cases("test", 300, 200)
+    assert len(set(few)) == 40 and set(few) < set(more) and (np.diff(more) > 0).all()
+    assert not np.array_equal(few, shown_cases("val", 300, 40))
+    assert np.array_equal(shown_cases("test", 30, 40), np.arange(30))
+    assert abs(more.mean() - 149.5) < 4 * 300 / np.sqrt(12 * 200), "drawn from everywhere"
 
 
 @pytest.mark.parametrize(
