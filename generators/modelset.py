@@ -375,8 +375,9 @@ class KroneckerSet(GaussianSet):
     The symmetric root of the covariance: unlike noise drawn in the eigenbasis, it does not depend on the signs and
     rotations of eigenvectors, which differ from one linear-algebra library to the next.
 
-    factors: for leaf i `values.i.j` and `vectors.i.j` with j = 0 (rows) and, for matrices, j = 1 (columns: the inputs);
-    scale: the prior precision a. The product of the eigenvalues holds the sum over samples.
+    factors: for leaf i `values.i.j` and `vectors.i.j` with j = 0 (rows) and, for matrices, j = 1 (columns: the inputs;
+    eigenvectors whose eigenvalue is 0 may be left out); scale: the prior precision a. The product of the eigenvalues
+    holds the sum over samples.
     """
 
     kind: ClassVar[str] = "kronecker"
@@ -391,6 +392,12 @@ class KroneckerSet(GaussianSet):
                 parts.append(u @ ((u.T @ noise) / (rows + self.scale).sqrt()))
                 continue
             columns, v = self.factors[f"values.{i}.1"], self.factors[f"vectors.{i}.1"]
+            if v.shape[1] < v.shape[0]:
+                noise = noise.view(len(rows), len(v))
+                shrink = (torch.outer(rows, columns) + self.scale).rsqrt() - self.scale**-0.5
+                moved = u @ (shrink * (u.T @ noise @ v)) @ v.T
+                parts.append((self.scale**-0.5 * noise + moved).reshape(-1))
+                continue
             white = (u.T @ noise.view(len(rows), len(columns)) @ v) / (torch.outer(rows, columns) + self.scale).sqrt()
             parts.append((u @ white @ v.T).reshape(-1))
         return torch.cat(parts)

@@ -123,7 +123,9 @@ def test_a_generator_that_cannot_run_is_a_skipped_record_with_its_reason(make_sp
     assert records.read(run.path) == run.record
 
 
-def test_laplace_on_a_multi_label_file_is_skipped_for_want_of_a_likelihood(make_spec, tmp_path, run_to_end):
+def test_a_multi_label_file_is_skipped_by_the_library_for_want_of_a_likelihood_and_not_by_our_own_engine(
+    make_spec, tmp_path, run_to_end
+):
     rng = np.random.default_rng(0)
     arrays = {}
     for split, n in (("train", 80), ("val", 20), ("test", 20)):
@@ -131,16 +133,19 @@ def test_laplace_on_a_multi_label_file_is_skipped_for_want_of_a_likelihood(make_
         arrays[f"{split}_labels"] = rng.integers(0, 2, (n, 3))
     np.savez(tmp_path / "own.npz", **arrays)
     # The tiny run's sizes are the phantom's: an npz has those of its file.
-    spec = make_spec(tmp_path, "generator=laplace")
     from multiplicity_bench.benchmark.spec import create
     from multiplicity_bench.datasets.api import DATASETS
 
-    spec.dataset, spec.names["dataset"] = create(DATASETS, {"name": "npz"}), "npz"
-    spec.options.data_root = str(tmp_path / "own.npz")
-    run = run_to_end(spec)
-    reason = "laplace-torch has no multi-label likelihood for structure=diag: use structure=full"
-    assert (run.record["status"], run.record["reason"]) == ("skipped", reason)
-    assert str(tmp_path) not in run.path.read_text()
+    reason = "laplace-torch has no multi-label likelihood for structure=diag: use engine=native"
+    for engine, said in (("laplace_torch", ("skipped", reason)), ("auto", ("ok", ""))):
+        spec = make_spec(tmp_path, "generator=laplace", f"generator.engine={engine}", "generator.prior_precision=100")
+        spec.dataset, spec.names["dataset"] = create(DATASETS, {"name": "npz"}), "npz"
+        spec.options.data_root = str(tmp_path / "own.npz")
+        run = run_to_end(spec)
+        assert (run.record["status"], run.record["reason"]) == said
+        assert str(tmp_path) not in run.path.read_text()
+    assert run.record["set"]["diagnostics"]["engine"] == "native"
+    assert run.record["row"] == "laplace[prior_precision=100]"
 
 
 # Every boundary at which a run can stop: (what is patched, which call of it fails).

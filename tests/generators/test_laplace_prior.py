@@ -224,10 +224,11 @@ def with_module(problem, module: nn.Module):
     return replace(problem, network=network, base=base, module=fresh)
 
 
-def test_multi_label_data_are_a_skip_with_its_reason(toy):
+def test_multi_label_data_are_a_skip_of_the_library_with_its_reason(toy):
     for structure in ("diag", "kron"):
         problem = replace(toy(), task="multilabel")
-        assert "multi-label" in check_refusal(Laplace(structure=structure), problem)
+        assert "multi-label" in check_refusal(Laplace(structure=structure, engine="laplace_torch"), problem)
+        assert Laplace(structure=structure).supports(problem) is None
 
 
 def test_a_tune_set_that_is_too_small_is_a_skip_unless_the_prior_is_given(toy):
@@ -241,13 +242,14 @@ def test_a_tune_set_that_is_too_small_is_a_skip_unless_the_prior_is_given(toy):
     assert Laplace().supports(enough) is None
 
 
-def test_jacobians_that_are_too_large_are_a_skip_that_names_the_alternatives(toy):
+def test_jacobians_that_are_too_large_are_a_skip_of_the_library_that_names_the_alternative(toy):
     function = Network({"name": "mlp", "width": 1450}, 1, 6, 2)
     large = Trained(*function.init(0))
     problem = replace(toy(), network=function, base=large, module=lambda: function.module(large.params, large.buffers))
-    reason = check_refusal(Laplace(), problem)
+    reason = check_refusal(Laplace(engine="laplace_torch"), problem)
     entries = 2 * sum(p.numel() for p in large.params.values())
-    assert f"{entries:,}" in reason and "use subset=last_layer or structure=kron" in reason
+    assert f"{entries:,}" in reason and "use engine=native" in reason
+    assert Laplace().supports(problem) is None
     assert Laplace(subset="last_layer").supports(problem) is None
     assert Laplace(structure="kron").supports(problem) is None
 
@@ -285,7 +287,8 @@ def test_the_order_of_layers_means_nothing():
 
 def test_layers_without_kronecker_factors_are_a_skip_of_kfac_alone(toy):
     problem = with_module(toy(), Convolutional(nn.PReLU()))
-    assert "body.3.weight" in check_refusal(Laplace(structure="kron", prior_precision="10"), problem)
+    for engine, said in (("laplace_torch", "not body.3.weight"), ("auto", "not of body.3")):
+        assert said in check_refusal(Laplace(structure="kron", prior_precision="10", engine=engine), problem)
     assert Laplace(prior_precision="10").generate(problem, 0).size == problem.members
 
 

@@ -127,8 +127,9 @@ def test_a_descent_that_leaves_the_finite_numbers_is_a_failed_member(toy):
         assert torch.equal(leaf[1], problem.base.params[n])
 
 
-def test_what_no_posterior_covers_is_a_skip(toy):
-    assert "use structure=full" in check_refusal(PerturbSGD(), replace(toy(), task="multilabel"))
+def test_what_no_posterior_covers_is_a_skip(toy, monkeypatch):
+    monkeypatch.setattr("multiplicity_bench.generators.posterior.FULL_LIMIT", 10)
+    assert "use a smaller subset" in check_refusal(PerturbSGD(structure="full"), toy())
 
 
 @pytest.mark.parametrize(

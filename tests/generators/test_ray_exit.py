@@ -92,8 +92,9 @@ def test_a_length_that_was_found_is_not_searched_again(toy):
         assert torch.equal(leaf[0], problem.base.params[n]) and torch.equal(leaf[1], first.params[n][1])
 
 
-def test_what_no_posterior_covers_is_a_skip_and_bad_settings_are_one_line(toy):
-    assert "use structure=full" in check_refusal(RayExit(), replace(toy(), task="multilabel"))
+def test_what_no_posterior_covers_is_a_skip_and_bad_settings_are_one_line(toy, monkeypatch):
+    monkeypatch.setattr("multiplicity_bench.generators.posterior.FULL_LIMIT", 10)
+    assert "use a smaller subset" in check_refusal(RayExit(structure="full"), toy())
     for settings in ({"target_epsilon": -1.0}, {"structure": "block"}, {"prior_precision": "wide"}):
         with pytest.raises(UserError, match="generator") as caught:
             RayExit(**settings)
