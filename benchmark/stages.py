@@ -33,6 +33,7 @@ from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, save_views,
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate, view_scores
 from ..metrics.views import shown_cases
+from .ensemble import Together, trains_together
 from .memory import PeakMemory
 from .networks import Network
 from .objectives import Grouping
@@ -158,6 +159,7 @@ class Run:
             prior_precision=self.spec.training.prior_precision,
             batch_size=self.spec.training.batch_size,
             fit=self._fit(checkpoint),
+            fit_together=self._fit_together(checkpoint),
             groups=self._grouping().codes,
             members=self.spec.options.members,
             base_seed=self._base_seed(),
@@ -310,6 +312,13 @@ class Run:
             )
 
         return fit
+
+    def _fit_together(self, checkpoint: Any) -> Together | None:
+        recipe, split = self.spec.training, self.data.splits["train"]
+        if not trains_together(recipe):
+            return None
+        patient = None if split.patient is None else torch.from_numpy(split.patient)
+        return Together(self.network, self.part("train"), recipe, patient, checkpoint, progress)
 
     def _part(
         self, clock: Stopwatch, memory: PeakMemory

@@ -122,7 +122,7 @@ def train(
     params, buffers = network.init(fresh) if init is None else (dict(init.params), dict(init.buffers))
     params = {n: p.detach().clone().to(device).requires_grad_() for n, p in params.items()}
     buffers = {n: b.detach().clone().to(device) for n, b in buffers.items()}
-    optimizer = _optimizer(recipe, params.values())
+    optimizer = make_optimizer(recipe, params.values())
     batches = math.ceil(len(data) / recipe.batch_size)
     losses: list[float] = []
     epoch_s: list[float] = []
@@ -133,19 +133,14 @@ def train(
         order = objective.order(seed, epoch).to(device)
         total = torch.zeros((), device=device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
-            if len(rows) < 2 <= min(recipe.batch_size, len(data)):  # BatchNorm cannot normalise a batch of one
+            if skipped(len(rows), recipe, len(data)):
                 continue
             step = epoch * batches + i
-            rate = (
-                recipe.lr
-                if constant_lr
-                else recipe.lr * 0.5 * (1 + math.cos(math.pi * step / (recipe.epochs * batches)))
-            )
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = recipe.lr if constant_lr else learning_rate(recipe, step, recipe.epochs * batches)
             loss = objective(network(params, buffers, data.images[rows], train=True), data.labels[rows], rows)
             total += loss.detach() * len(rows)
-            penalised = loss + _l2(params, recipe.prior_precision, len(data))
+            penalised = loss + l2(params, recipe.prior_precision, len(data))
             optimizer.zero_grad()
             penalised.backward()
             optimizer.step()
@@ -199,17 +194,29 @@ def _full_batch(
         part = mean_loss(network(params, buffers, images), labels) * (len(images) / len(data))
         part.backward()
         value = value + part.detach()
-    prior = _l2(params, recipe.prior_precision, len(data))
+    prior = l2(params, recipe.prior_precision, len(data))
     if prior.requires_grad:
         prior.backward()
     return value + prior.detach()
 
 
-def _l2(params: Mapping[str, Tensor], precision: float, n: int) -> Tensor:
+def learning_rate(recipe: Training, step: int, steps: int) -> float:
+    """Return the rate of a step: the recipe's peak, decayed to 0 by a cosine."""
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def skipped(samples: int, recipe: Training, n: int) -> bool:
+    """Return whether a batch is left out: BatchNorm cannot normalise one of a single sample."""
+    return samples < 2 <= min(recipe.batch_size, n)
+
+
+def l2(params: Mapping[str, Tensor], precision: float, n: int) -> Tensor:
+    """Return the Gaussian prior as a term of the mean loss, `a/(2N) |w|^2`; of stacked weights, the sum of theirs."""
     return precision / (2 * n) * torch.stack([p.square().sum() for p in params.values()]).sum()
 
 
-def _optimizer(recipe: Training, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Training, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser: element by element, so that stacked weights are as good as apart."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum)
     return torch.optim.AdamW(params, lr=recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=0.0)
@@ -228,6 +235,39 @@ def _polish(
     lbfgs.step(closure)
 
 
+def state_of(
+    params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return weights, buffers and the state of the optimiser, as tensors."""
+    state = {f"param/{n}": p for n, p in params.items()} | {f"buffer/{n}": b for n, b in buffers.items()}
+    for i, p in enumerate(params.values()):
+        for key, value in optimizer.state.get(p, {}).items():
+            if value is not None:
+                state[f"optimizer/{i}/{key}"] = torch.as_tensor(value)
+    return state
+
+
+def restore_state(
+    state: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put what `state_of` returned back in place."""
+    with torch.no_grad():
+        for n, p in params.items():
+            p.copy_(state[f"param/{n}"])
+        for n, b in buffers.items():
+            b.copy_(state[f"buffer/{n}"])
+    leaves = list(params.values())
+    for key, value in state.items():
+        if key.startswith("optimizer/"):
+            _, i, name = key.split("/")
+            leaf = leaves[int(i)]
+            value = value.clone()
+            optimizer.state[leaf][name] = value.cpu() if name == "step" else value.to(leaf.device)
+
+
 def _state(
     params: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
@@ -236,14 +276,8 @@ def _state(
     losses: list[float],
 ) -> dict[str, Tensor]:
     """Return everything that the rest of a training depends on, as tensors."""
-    state = {f"param/{n}": p for n, p in params.items()} | {f"buffer/{n}": b for n, b in buffers.items()}
-    state |= {f"objective/{n}": value for n, value in objective.state.items()}
-    state["losses"] = torch.tensor(losses, dtype=torch.float64)
-    for i, p in enumerate(params.values()):
-        for key, value in optimizer.state.get(p, {}).items():
-            if value is not None:
-                state[f"optimizer/{i}/{key}"] = torch.as_tensor(value)
-    return state
+    of_objective = {f"objective/{n}": value for n, value in objective.state.items()}
+    return state_of(params, buffers, optimizer) | of_objective | {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _restore(
@@ -257,19 +291,8 @@ def _restore(
     """Put a checkpoint back in place and return the epoch to go on with."""
     if state is None:
         return 0
-    with torch.no_grad():
-        for n, p in params.items():
-            p.copy_(state[f"param/{n}"])
-        for n, b in buffers.items():
-            b.copy_(state[f"buffer/{n}"])
+    restore_state(state, params, buffers, optimizer)
     for n, before in objective.state.items():
         objective.state[n] = state[f"objective/{n}"].to(before.device)
-    leaves = list(params.values())
-    for key, value in state.items():
-        if key.startswith("optimizer/"):
-            _, i, name = key.split("/")
-            leaf = leaves[int(i)]
-            value = value.clone()
-            optimizer.state[leaf][name] = value.cpu() if name == "step" else value.to(leaf.device)
     losses.extend(state["losses"].tolist())
     return len(losses)

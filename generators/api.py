@@ -7,7 +7,7 @@ Rashomon set and every selection are decided on val, results are reported on tes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, suggest
+from ..errors import Diverged, UserError, suggest
 from ..registries import GENERATORS as GENERATORS
 from ..registries import register_generator as register_generator
 from .modelset import ModelSet
@@ -67,6 +67,28 @@ class Trained:
         """Return the weights in another dtype of floating-point numbers."""
         cast = lambda leaves: {n: t.to(dtype) if t.is_floating_point() else t for n, t in leaves.items()}  # noqa: E731
         return Trained(cast(self.params), cast(self.buffers))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: see the arguments of `Fit` by these names."""
+
+    seed: int
+    init_seed: int | None = None
+    resample_seed: int | None = None
+    init: Trained | None = None
+
+
+class FitTogether(Protocol):
+    """The one training recipe for several networks at once, equal to `Fit` for each to rounding."""
+
+    def at_once(self, members: int) -> int:
+        """Return how many of `members` networks are trained at once: 1 where one by one is faster."""
+        ...
+
+    def __call__(self, plans: Sequence[Plan], *, name: str = "training") -> list[Trained | Diverged]:
+        """Train a network for each plan; one whose loss stops being finite is Diverged, the others go on."""
+        ...
 
 
 class Fit(Protocol):
@@ -161,6 +183,7 @@ class Problem:
     eval mode holding w*, for libraries that need one; train, tune: the data; task: binary | multiclass | ordinal |
     multilabel; classes: the number of outputs; loss: (logits, labels) -> mean over samples, nats;
     prior_precision: a of the training loss `loss + a/(2N) |w|^2`; batch_size: of the recipe; fit: the training recipe;
+    fit_together: the same for several networks at once, None where it has no such form;
     groups: the group of every training sample, int64, for a product of names such as `sex*label`, or UserError;
     members: how many to draw; base_seed: `fit(base_seed)` trains the base again;
     part: `part(name, spec, compute)` returns compute()'s tensors, computed once per base and shared by all generators
@@ -180,6 +203,7 @@ class Problem:
     fit: Fit
     members: int
     base_seed: int
+    fit_together: FitTogether | None = None
     groups: Callable[[str], Tensor] = no_groups
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     part: Callable[[str, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, spec, compute: (

@@ -12,10 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+import torch
+from torch import Tensor
+
+from ..errors import Diverged, UserError
 from ..identity import added_later, derive_seed
-from .api import Generator, Problem, choices, register_generator
+from .api import Generator, Plan, Problem, Trained, choices, register_generator
 from .modelset import ModelSet, stack
+
+FAILED = "failed"
 
 
 @register_generator("retrain")
@@ -53,29 +58,85 @@ class Retrain(Generator):
         return None
 
     def generate(self, problem: Problem, seed: int) -> ModelSet:
-        """Return `problem.members` retrained networks; each finished one survives a kill."""
-        members = []
-        for k in problem.progress(range(problem.members), "retraining", problem.members):
-            done = problem.checkpoint.load(f"member {k}")
-            if done is None:
-                done = self._train(problem, seed, k)
-                problem.checkpoint.save(f"member {k}", done)
-            params = {n: done[f"param/{n}"] for n in problem.base.params}
-            members.append((params, {n: done[f"buffer/{n}"] for n in problem.base.buffers}))
-        return stack(members)
+        """Return `problem.members` retrained networks; each finished one survives a kill.
 
-    def _train(self, problem: Problem, seed: int, k: int) -> dict:
-        member_seed = derive_seed(seed, "retrain", k)
+        One whose loss stops being finite has failed, the others go on. Raises Diverged where all have.
+        """
+        size = self._at_once(problem)
+        chunks = [range(i, min(i + size, problem.members)) for i in range(0, problem.members, size)]
+        done: dict[int, dict[str, Tensor]] = {}
+        for chunk in problem.progress(chunks, "retraining", len(chunks)):
+            done |= self._members(problem, seed, chunk)
+        base = {f"param/{n}": p for n, p in problem.base.params.items()}
+        base |= {f"buffer/{n}": b for n, b in problem.base.buffers.items()}
+        failed = [k for k, leaves in done.items() if FAILED in leaves]
+        if len(failed) == problem.members:
+            raise Diverged("retraining: the loss of every member stopped being finite: lower training.lr")
+        kept = [base if k in failed else done[k] for k in range(problem.members)]
+        members = stack(
+            [
+                (
+                    {n: leaves[f"param/{n}"] for n in problem.base.params},
+                    {n: leaves[f"buffer/{n}"] for n in problem.base.buffers},
+                )
+                for leaves in kept
+            ]
+        )
+        members.failed = failed
+        members.diagnostics = {"trained_at_once": size} if size > 1 else {}
+        members.notes = [f"{len(failed)} members diverged in training"] if failed else []
+        return members
+
+    def _at_once(self, problem: Problem) -> int:
+        """Return how many members are trained at once; chosen once, so that a resumed set goes on in the same way."""
+        together = problem.fit_together
+        if together is None or self.objective != "recipe":
+            return 1
+        stored = problem.checkpoint.load("trained at once")
+        if stored is None:
+            with problem.clock.fixed():
+                stored = {"members": torch.tensor(together.at_once(problem.members))}
+            problem.checkpoint.save("trained at once", stored)
+        return int(stored["members"])
+
+    def _members(self, problem: Problem, seed: int, chunk: range) -> dict[int, dict[str, Tensor]]:
+        """Return the leaves of some members, trained where they are not stored; of a failed one, `FAILED`."""
+        done = {k: stored for k in chunk if (stored := problem.checkpoint.load(f"member {k}")) is not None}
+        if len(done) == len(chunk):
+            return done
+        plans = [self._plan(problem, derive_seed(seed, "retrain", k)) for k in chunk]
+        with problem.clock.marginal():
+            if len(chunk) > 1 and problem.fit_together is not None:
+                trained = problem.fit_together(plans, name=f"retraining {chunk[0]} to {chunk[-1]}")
+            else:
+                trained = [self._alone(problem, plan, k) for k, plan in zip(chunk, plans, strict=True)]
+        for k, found in zip(chunk, trained, strict=True):
+            if isinstance(found, Diverged):
+                done[k] = {FAILED: torch.tensor(True)}
+            else:
+                done[k] = {f"param/{n}": p for n, p in found.params.items()}
+                done[k] |= {f"buffer/{n}": b for n, b in found.buffers.items()}
+            problem.checkpoint.save(f"member {k}", done[k])
+        return done
+
+    def _plan(self, problem: Problem, seed: int) -> Plan:
+        return Plan(
+            seed,
+            init_seed=problem.base_seed if self.init == "base" else None,
+            resample_seed=seed if self.resample == "bootstrap" else None,
+        )
+
+    def _alone(self, problem: Problem, plan: Plan, k: int) -> Trained | Diverged:
         changes: dict[str, Any] = (
             {} if self.objective == "recipe" else {"objective": self.objective, "groups": self.groups}
         )
-        with problem.clock.marginal():
-            trained = problem.fit(
-                member_seed,
-                init_seed=problem.base_seed if self.init == "base" else None,
-                resample_seed=member_seed if self.resample == "bootstrap" else None,
+        try:
+            return problem.fit(
+                plan.seed,
+                init_seed=plan.init_seed,
+                resample_seed=plan.resample_seed,
                 name=f"retraining {k}",
                 **changes,
             )
-        leaves = {f"param/{n}": p for n, p in trained.params.items()}
-        return leaves | {f"buffer/{n}": b for n, b in trained.buffers.items()}
+        except Diverged as error:
+            return error

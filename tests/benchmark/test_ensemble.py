@@ -1,0 +1,203 @@
+"""Networks trained at once: the steps of the loop that trains them one by one, and members that share nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from multiplicity_bench.benchmark import ensemble
+from multiplicity_bench.benchmark.ensemble import Together, members_at_once, train_together, trains_together
+from multiplicity_bench.benchmark.networks import Network
+from multiplicity_bench.benchmark.toy import toy_problem
+from multiplicity_bench.benchmark.train import Training, train
+from multiplicity_bench.errors import Diverged
+from multiplicity_bench.generators.api import Memory, Part, Plan, Trained
+from multiplicity_bench.generators.contract import check_generator
+from multiplicity_bench.generators.retrain import Retrain
+
+NETWORKS = {
+    "mlp": {"name": "mlp", "width": 4},
+    "groupnorm": {"name": "smallcnn", "width": 4, "norm": "group"},
+    "batchnorm": {"name": "smallcnn", "width": 4, "norm": "batch"},
+}
+RECIPE = Training(epochs=3, batch_size=8, lr=0.02)
+ROUNDING = {"rtol": 1e-8, "atol": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def data() -> Part:
+    """33 images of two classes: four batches of 8, and one of a single image, which is left out."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(33) % 2
+    images = (60 + 80 * labels[:, None, None, None] + 40 * torch.randn(33, 1, 6, 6, generator=generator)).clamp(0, 255)
+    return Part(images.to(torch.uint8), labels)
+
+
+def plans(network: Network, count: int = 3, **changes) -> list[Plan]:
+    """Return plans that start in float64, where rounding stays small, from weights of which none is 0.
+
+    A bias of 0 whose channel is dead has no gradient but rounding, which AdamW makes as large as any other.
+    """
+    made = []
+    for k in range(count):
+        start, generator = Trained(*network.init(10 + k)).in_dtype(torch.float64), torch.Generator().manual_seed(k)
+        start.params = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in start.params.items()}
+        made.append(Plan(seed=k, init=start, **changes))
+    return made
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_members_are_those_of_the_loop(name, optimizer, data):
+    network = Network(NETWORKS[name], 1, 6, 2)
+    recipe = replace(RECIPE, optimizer=optimizer)
+    together = train_together(network, data, recipe, plans(network))
+    for plan, found in zip(plans(network), together, strict=True):
+        alone = train(network, data, recipe, plan.seed, init=plan.init)
+        assert list(found.params) == list(alone.params)
+        for own, other in ((found.params, alone.params), (found.buffers, alone.buffers)):
+            for n, leaf in other.items():
+                torch.testing.assert_close(own[n], leaf, **ROUNDING)
+        # the losses of an epoch are summed in float32
+        assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+    moved = together[0].params["body.1.weight" if name == "mlp" else "body.0.weight"]
+    assert float((moved - plans(network)[0].init.params[next(iter(together[0].params))]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("patient", [None, torch.arange(33) // 3], ids=["images", "patients"])
+def test_each_member_has_a_resample_of_its_own(patient, data):
+    network = Network(NETWORKS["batchnorm"], 1, 6, 2)
+    some = [replace(plan, resample_seed=(None, 5, 6)[k]) for k, plan in enumerate(plans(network))]
+    for plan, found in zip(some, train_together(network, data, RECIPE, some, patient=patient), strict=True):
+        alone = train(
+            network, data, RECIPE, plan.seed, init=plan.init, resample_seed=plan.resample_seed, patient=patient
+        )
+        for n, leaf in alone.params.items():
+            torch.testing.assert_close(found.params[n], leaf, **ROUNDING)
+
+
+def test_fresh_weights_are_drawn_by_the_seeds(data):
+    network = Network(NETWORKS["mlp"], 1, 6, 2)
+    short = replace(RECIPE, epochs=1, lr=1e-12)
+    own, given = train_together(network, data, short, [Plan(seed=4), Plan(seed=4, init_seed=9)])
+    for found, seed in ((own, 4), (given, 9)):
+        for n, leaf in network.init(seed)[0].items():
+            torch.testing.assert_close(found.params[n], leaf, rtol=0, atol=1e-9)
+
+
+def test_labels_of_several_at_once(data):
+    network = Network(NETWORKS["groupnorm"], 1, 6, 3)
+    labels = torch.randint(-1, 2, (33, 3), generator=torch.Generator().manual_seed(2))
+    several = Part(data.images, labels)
+    found = train_together(network, several, RECIPE, plans(network))
+    alone = train(network, several, RECIPE, 1, init=plans(network)[1].init)
+    for n, leaf in alone.params.items():
+        torch.testing.assert_close(found[1].params[n], leaf, **ROUNDING)
+
+
+def test_a_member_that_diverges_is_said_and_leaves_the_others_alone(data):
+    network = Network(NETWORKS["batchnorm"], 1, 6, 2)
+    some = plans(network)
+    broken = Trained({n: p * math.nan for n, p in some[1].init.params.items()}, some[1].init.buffers)
+    found = train_together(network, data, RECIPE, [some[0], replace(some[1], init=broken), some[2]], name="retraining")
+    assert isinstance(found[1], Diverged) and str(found[1]).startswith(
+        "retraining, member 1: the loss of epoch 1 is not"
+    )
+    for k in (0, 2):
+        alone = train(network, data, RECIPE, k, init=some[k].init)
+        for n, leaf in alone.params.items():
+            torch.testing.assert_close(found[k].params[n], leaf, **ROUNDING)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(optimizer, data, monkeypatch):
+    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(RECIPE, optimizer=optimizer)
+    whole = train_together(network, data, recipe, plans(network))
+    monkeypatch.setattr(ensemble, "CHECKPOINT_EVERY_S", -1.0)
+    memory = Memory()
+
+    def killed(epochs, description, total):
+        yield from list(epochs)[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_together(network, data, recipe, plans(network), checkpoint=memory, progress=killed)
+    seen = []
+
+    def counted(epochs, description, total):
+        for epoch in epochs:
+            seen.append(epoch)
+            yield epoch
+
+    again = train_together(network, data, recipe, plans(network), checkpoint=memory, progress=counted)
+    assert seen == [2]
+    for a, b in zip(whole, again, strict=True):
+        assert all(torch.equal(leaf, b.params[n]) for n, leaf in a.params.items()) and a.losses == b.losses
+
+
+def test_only_plain_risk_minimisation_is_stacked():
+    assert trains_together(RECIPE)
+    assert not trains_together(replace(RECIPE, polish=2))
+    assert not trains_together(replace(RECIPE, objective="class_balanced"))
+
+
+class Three:
+    """Three at once, as a GPU may find faster, wherever this runs."""
+
+    def __init__(self, problem, recipe):
+        self.together = Together(problem.network, problem.train, recipe, checkpoint=problem.checkpoint)
+        self.calls = []
+
+    def at_once(self, members):
+        return 3
+
+    def __call__(self, plans, *, name="training"):
+        self.calls.append(name)
+        return self.together(plans, name=name)
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    """Return a toy problem whose retrainings are stacked, and the same without."""
+    plain = toy_problem("mlp", members=5)
+    return replace(plain, fit_together=Three(plain, Training(epochs=8, lr=0.01)), checkpoint=Memory()), plain
+
+
+def test_retrain_trains_at_once_what_the_device_makes_faster(stacked):
+    problem, plain = stacked
+    found, alone = Retrain().generate(problem, 2), Retrain().generate(replace(plain, checkpoint=Memory()), 2)
+    assert problem.fit_together.calls == ["retraining 0 to 2", "retraining 3 to 4"]
+    assert found.diagnostics == {"trained_at_once": 3} and alone.diagnostics == {}
+    for n, leaf in alone.params.items():
+        torch.testing.assert_close(found.params[n], leaf, rtol=0, atol=0.02)  # 8 epochs of float32
+
+
+def test_stacked_retraining_keeps_the_contract(stacked):
+    check_generator(Retrain(), stacked[0])
+
+
+def test_a_diverged_member_fails_and_the_set_goes_on(stacked):
+    plain = stacked[1]
+
+    def fit(seed, **arguments):
+        if arguments["name"] == "retraining 1":
+            raise Diverged("retraining 1: the loss of epoch 1 is not finite")
+        return plain.fit(seed, **arguments)
+
+    found = Retrain().generate(replace(plain, fit=fit, checkpoint=Memory(), members=3), 0)
+    assert found.failed == [1] and found.notes == ["1 members diverged in training"]
+    assert all(torch.equal(found.params[n][1], p) for n, p in plain.base.params.items())
+
+    def never(seed, **arguments):
+        raise Diverged("no")
+
+    with pytest.raises(Diverged, match="every member"):
+        Retrain().generate(replace(plain, fit=never, checkpoint=Memory(), members=2), 0)
+
+
+def test_a_cpu_trains_one_by_one_and_what_is_measured_is_a_choice(data):
+    network = Network(NETWORKS["mlp"], 1, 6, 2)
+    assert Together(network, data, RECIPE).at_once(50) == 1
+    assert members_at_once(network, data, RECIPE, 4) in (1, 4)
