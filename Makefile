@@ -11,7 +11,7 @@ unexport UV_SYSTEM_PYTHON UV_WORKING_DIR UV_WORKING_DIRECTORY
 # Two test processes share the cores of a small machine: threads of their own would only get into each other's way.
 test test-all golden: export OMP_NUM_THREADS := 1
 
-.PHONY: benchmark test test-all lint types speed riemannian exact groups golden clean
+.PHONY: benchmark test test-all test-slurm lint types speed riemannian exact groups golden clean
 
 benchmark: $(STAMP)
 	$(BIN)/run-benchmark
@@ -21,6 +21,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A sweep on a real Slurm of one node: needs root, for Debian's slurm-wlm.
+test-slurm: $(STAMP)
+	tests/slurm.sh $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ..errors import UserError, suggest
@@ -16,6 +20,7 @@ USAGE = """run-benchmark - do equally accurate networks decide alike?
   run-benchmark                                        the quickstart suite: every generator on synthetic radiographs
   run-benchmark generator=swag dataset=breastmnist     one run
   run-benchmark -m generator=swag,laplace base_seed=0,1,2    a sweep
+  run-benchmark -m ... hydra/launcher=joblib           its jobs side by side; submitit_local, submitit_slurm, ray
   run-benchmark suite=NAME|FILE [generator=X]          every cell of a suite, or one row of it
   run-benchmark list=true                              generators, datasets, networks, metrics, views and suites
   run-benchmark ... views=[jpeg-3,pgd-4,ood-noise] evidence=[saliency]    shifted data, and what else is measured
@@ -35,7 +40,9 @@ Options (NAME=VALUE):
   loss               loss of membership: nll, zero_one, auroc, balanced_accuracy, brier (nll)
   base_seed, generator_seed, resample_seed             seeds (0, 0, null: no resampling of the training data)
   device             auto, cpu or cuda (auto); tf32=true allows TF32
-  threads            CPU threads (0: all)
+  threads            CPU threads (0: all; a job of a launcher: what it asks for, or its share of the processors)
+  hydra/launcher     of a sweep (-m): basic (one job after the other), joblib, submitit_local, submitit_slurm, ray;
+                     hydra.launcher.SETTING as in n_jobs=4 (joblib), partition=NAME (Slurm), address=HOST:PORT (Ray)
   data_root          folder that holds medmnist/*.npz and nih_chest_xray14*/; for dataset=npz a file
                      (default: MULTIPLICITY_BENCH_DATA, else ../shared/data, else ~/.medmnist)
   artifacts_dir, records_dir                           where results go (outputs/artifacts, outputs/records)
@@ -57,7 +64,11 @@ def main() -> None:
     sys.exit(guarded(_hydra))
 
 
-def guarded(command: Any, *arguments: Any) -> int:
+def _to_stderr(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+
+
+def guarded(command: Any, *arguments: Any, report: Callable[[str], None] = _to_stderr) -> int:
     """Return the exit code of `command`: one line and 2 for a user's mistake (Hydra's among them), 130 for Ctrl-C."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -67,16 +78,16 @@ def guarded(command: Any, *arguments: Any) -> int:
     try:
         return int(command(*arguments) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {_hydra_message(error)}", file=sys.stderr)
+        report(_hydra_message(error))
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
         return 0
     except OSError as error:
         from .store import explain_os_error
 
-        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+        report(str(explain_os_error(error)))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
@@ -86,20 +97,54 @@ def guarded(command: Any, *arguments: Any) -> int:
 def _hydra() -> int:
     import hydra
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     _check_flags(sys.argv[1:])
     _check_names(sys.argv[1:])  # before torch is imported: a mistyped name is told at once
+    from .launchers import check_arguments, register
+
+    check_arguments(sys.argv[1:])
+    _quiet()
     from .spec import register_config
 
     register_config()
-    codes: list[int] = []
+    register()
+    task = Task()
+    hydra.main(config_path="conf", config_name="config", version_base="1.3")(task)()
+    return max(task.codes, default=0)
 
-    @hydra.main(config_path="conf", config_name="config", version_base="1.3")
-    def job(config: Any) -> None:
-        codes.append(guarded(run, config))  # raised further, Hydra would add lines of its own
 
-    job()
-    return max(codes, default=0)
+@dataclass
+class Task:
+    """What Hydra calls for every job, here or in a worker process; `codes` are the exit codes of the jobs so far."""
+
+    codes: list[int] = field(default_factory=list)
+
+    def __call__(self, config: Any) -> Any:
+        """Carry out one job; a launched one hands its output and errors to the process that launched it."""
+        from .launchers import TOKEN, Outcome
+
+        _quiet()
+        if TOKEN not in os.environ:
+            self.codes.append(guarded(run, config))  # raised further, Hydra would add lines of its own
+            return None
+        errors: list[str] = []
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                code = guarded(_run_launched, config, report=errors.append)
+            except Exception:  # a failure of ours, whose frames would be lost on the way
+                code = 1
+                errors.append(traceback.format_exc())
+        return Outcome(code, said.getvalue(), errors)
+
+
+def _run_launched(config: Any) -> int:
+    from .launchers import prepare_job
+
+    prepare_job(config)
+    return run(config)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
 
 
 def run(config: Any) -> int:
@@ -215,6 +260,10 @@ def _suggest_option(option: str) -> str:
     from .train import Training
 
     part, _, setting = option.partition(".")
+    if part == "hydra":
+        from .launchers import suggest_setting
+
+        return suggest_setting(option, sys.argv)
     if setting and part in BY_KIND:
         chosen = [a.partition("=")[2] for a in sys.argv if a.startswith(f"{part}=")]
         entries = BY_KIND[part].entries()

@@ -40,11 +40,7 @@ AT_ONCE = 32
 
 @dataclass
 class Together:
-    """The recipe for several networks at once, as a generator sees it.
-
-    Networks are trained at once on a GPU alone, where it is faster for this network. On a CPU stacked convolutions are
-    slower, and a choice by timing would make members depend on how busy the machine is.
-    """
+    """The recipe for several networks at once, as a generator sees it."""
 
     network: Network
     data: Part
@@ -54,8 +50,8 @@ class Together:
     progress: Callable[..., Iterable[Any]] = lambda items, description, total=None: items
 
     def at_once(self, members: int) -> int:
-        """Return how many of `members` networks are trained at once."""
-        return members_at_once(self.network, self.data, self.recipe, members) if self.data.images.is_cuda else 1
+        """Return how many of `members` networks to train at once: see `members_at_once`."""
+        return members_at_once(self.network, self.data, self.recipe, members)
 
     def __call__(self, plans: Sequence[Plan], *, name: str = "training") -> list[Trained | Diverged]:
         """Train a network for each plan."""

@@ -165,7 +165,7 @@ def _ensemble(name: str, network: dict[str, Any], images: int, on_a_cpu: int, de
         for _ in plans:
             _plain_training(function, data, recipe, device)
 
-    stacked = together.at_once(members) > 1
+    stacked = device.type == "cuda" and together.at_once(members) > 1
     row = compare(name, device, (lambda: together(plans)) if stacked else one_by_one, plain)
     at_once = timed(lambda: together(plans), device)
     way = "all at once" if stacked else "one by one"

@@ -314,8 +314,12 @@ class Run:
         return fit
 
     def _fit_together(self, checkpoint: Any) -> Together | None:
+        """Return the recipe for several networks at once, on a GPU.
+
+        On a CPU little is to be gained, and a choice by timing would make members depend on how busy the machine is.
+        """
         recipe, split = self.spec.training, self.data.splits["train"]
-        if not trains_together(recipe):
+        if self.device.type != "cuda" or not trains_together(recipe):
             return None
         patient = None if split.patient is None else torch.from_numpy(split.patient)
         return Together(self.network, self.part("train"), recipe, patient, checkpoint, progress)

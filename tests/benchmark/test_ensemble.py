@@ -10,6 +10,7 @@ import torch
 from multiplicity_bench.benchmark import ensemble
 from multiplicity_bench.benchmark.ensemble import Together, members_at_once, train_together, trains_together
 from multiplicity_bench.benchmark.networks import Network
+from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.benchmark.toy import toy_problem
 from multiplicity_bench.benchmark.train import Training, train
 from multiplicity_bench.errors import Diverged
@@ -197,7 +198,16 @@ def test_a_diverged_member_fails_and_the_set_goes_on(stacked):
         Retrain().generate(replace(plain, fit=never, checkpoint=Memory(), members=2), 0)
 
 
-def test_a_cpu_trains_one_by_one_and_what_is_measured_is_a_choice(data):
-    network = Network(NETWORKS["mlp"], 1, 6, 2)
-    assert Together(network, data, RECIPE).at_once(50) == 1
-    assert members_at_once(network, data, RECIPE, 4) in (1, 4)
+def test_a_cpu_trains_one_by_one(make_spec, tmp_path):
+    assert Run(make_spec(tmp_path, "generator=retrain"), Session()).problem().fit_together is None
+
+
+@pytest.mark.parametrize(("together_s", "size"), [(0.9, 4), (1.1, 1)])
+def test_what_is_faster_is_chosen_by_the_second_epoch_of_each(together_s, size, data, monkeypatch):
+    def timed(network, data, recipe, plans):
+        assert recipe.epochs == 2 and len(data) == 32
+        seconds = together_s if len(plans) > 1 else 1.0
+        return [Trained({}, {}, [0.0, 0.0], [99.0 / seconds, seconds]) for _ in plans]
+
+    monkeypatch.setattr(ensemble, "train_together", timed)
+    assert members_at_once(Network(NETWORKS["mlp"], 1, 6, 2), data, RECIPE, 4) == size
