@@ -297,6 +297,8 @@ def _verdicts(board: Board) -> list[str]:
         largest = NONE if gain is None else end(gain, "difference")
         lines.append([name, *counts, from_to([row["resolvable"] for row in own]), largest])
     patients = f" ({board.patients})" if board.patients else ""
+    if board.suite.view_cases:
+        patients = f" ({board.suite.view_cases} cases)"
     return [
         "### Better at no cost?\n",
         *(

@@ -506,7 +506,9 @@ def test_intervals_end_where_values_do(found, suite):
 
 def test_a_page_says_when_views_show_some_cases(found, suite, page):
     assert "drawn at random once" not in page
-    assert "Views show 30 cases of val and of test" in " ".join(rendered(replace(suite, view_cases=30), found).split())
+    text = " ".join(rendered(replace(suite, view_cases=30), found).split())
+    assert "Views show 30 cases of val and of test" in text
+    assert "not resolved with this many patients (30 cases)." in text
 
 
 def test_suites_without_views_are_left_out_and_with_none_the_page_says_so(found, suite):
