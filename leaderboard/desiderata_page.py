@@ -68,8 +68,10 @@ ARROWS = {"higher": " ↑", "lower": " ↓"}
 PROPERTIES = """\
 ↑: higher is better, ↓: lower. Cells: the members' mean, then their range (expected of {k} members) / the range that
 chance gives in 19 of 20 samples of patients to members that do not differ; **bold** is above it, as one cell in 20
-would be without cause. The base's maps agree otherwise with each set: lowest to highest. {found}
+would be without cause. {maps}{found}
 """
+
+MAPS = "The base's maps agree otherwise with each set: lowest to highest. "
 
 VERDICT = """\
 Of each set the member that is best on *val* is chosen once. Cells: its gain over the base on *test*, turned so that
@@ -274,7 +276,13 @@ def _headlines(board: Board) -> list[str]:
     return [
         "### Do equally good members differ?\n",
         *tabled(board, columns, base=True),
-        paragraph(PROPERTIES.format(k=board.k, found=f"{said}controls.")),
+        paragraph(
+            PROPERTIES.format(
+                k=board.k,
+                maps=MAPS if any(parted(key)[0] == "saliency_agreement" for key in keys) else "",
+                found=f"{said}controls.",
+            )
+        ),
         f"![Members' mean and range of every property](figures/{board.suite.name}-properties.png)\n",
     ]
 
