@@ -29,6 +29,8 @@ PRESETS = sorted((Path(launchers.__file__).parent / "conf" / "hydra" / "launcher
 PATIENCE_S = 240.0  # processes of their own import torch, which takes seconds, and many on a busy machine
 GENERATORS = ("identical", "retrain")
 SWEEP = ("-m", f"generator={','.join(GENERATORS)}")
+LONG = ("training.epochs=200",)
+"""Members that take much longer than to find a process and kill it."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,13 @@ def plain(make_spec, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Records by generator of runs in this process, without a sweep."""
     folder = tmp_path_factory.mktemp("plain")
     return {name: Run(make_spec(folder, f"generator={name}"), Session()).record()[0] for name in GENERATORS}
+
+
+@pytest.fixture(scope="module")
+def long_runs(make_spec, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The same of runs that take long enough to be killed."""
+    folder = tmp_path_factory.mktemp("long")
+    return {name: Run(make_spec(folder, f"generator={name}", *LONG), Session()).record()[0] for name in GENERATORS}
 
 
 @pytest.fixture
@@ -102,8 +111,8 @@ def children() -> dict[int, str]:
     return found
 
 
-def kill_a_worker(folder: Path, key: str, mark: str) -> tuple[threading.Thread, list[int]]:
-    """Kill a process whose command line has `mark` once the set of `key` is half done; the list says which one."""
+def kill_workers(folder: Path, key: str, mark: str) -> tuple[threading.Thread, list[int]]:
+    """Kill the processes whose command line has `mark` once the set of `key` is half done; the list says which."""
     killed: list[int] = []
     half_done = f"artifacts/set/.{key}/checkpoints/*.safetensors"
 
@@ -111,8 +120,9 @@ def kill_a_worker(folder: Path, key: str, mark: str) -> tuple[threading.Thread, 
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and not list(folder.glob(half_done)):
             time.sleep(0.005)
-        killed.extend([pid for pid, line in children().items() if mark in line][:1])
-        os.kill(killed[0], signal.SIGKILL)
+        killed.extend(pid for pid, line in children().items() if mark in line)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
 
     watcher = threading.Thread(target=kill, daemon=True)
     watcher.start()
@@ -150,12 +160,12 @@ def test_a_launched_sweep_gives_the_records_of_plain_runs(
 
 
 def test_joblib_goes_on_where_a_killed_worker_stopped_with_the_records_of_plain_runs(
-    plain, run_benchmark, tiny, tmp_path, monkeypatch, assert_equal_records, in_time, joblib_stops
+    long_runs, run_benchmark, tiny, tmp_path, monkeypatch, assert_equal_records, in_time, joblib_stops
 ):
     needs("joblib")
     monkeypatch.chdir(tmp_path)
-    command = (*SWEEP, *tiny(tmp_path), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    watcher, killed = kill_a_worker(tmp_path, plain["retrain"]["key"], "LokyProcess")
+    command = (*SWEEP, *tiny(tmp_path, *LONG), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    watcher, killed = kill_workers(tmp_path, long_runs["retrain"]["key"], "LokyProcess")
     answer = run_benchmark(*command)
     watcher.join()
     assert killed and answer.code == 1 and answer.out == []
@@ -170,35 +180,35 @@ def test_joblib_goes_on_where_a_killed_worker_stopped_with_the_records_of_plain_
     answer = run_benchmark(*command)
     assert answer.code == 0, answer
     found = records_in(tmp_path)
-    assert found.keys() == plain.keys() and found["retrain"]["cost"]["resumed"]
+    assert found.keys() == long_runs.keys() and found["retrain"]["cost"]["resumed"]
     assert base.stat().st_mtime_ns == trained, "the base was trained once more"
     for name, record in found.items():
-        assert_equal_records(record, plain[name])
+        assert_equal_records(record, long_runs[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, retries", [("submitit_local", None), ("ray", 0), ("ray", 3)])
 def test_a_killed_worker_takes_no_other_job_with_it(
-    launcher, retries, plain, run_benchmark, tiny, tmp_path, monkeypatch, assert_equal_records, in_time
+    launcher, retries, long_runs, run_benchmark, tiny, tmp_path, monkeypatch, assert_equal_records, in_time
 ):
     needs(launcher)
     monkeypatch.chdir(tmp_path)
     mark = "submitit.core._submit" if launcher == "submitit_local" else "ray::_call"
     settings = [] if retries is None else [f"hydra.launcher.max_retries={retries}"]
-    watcher, killed = kill_a_worker(tmp_path, plain["retrain"]["key"], mark)
-    one_by_one = ("-m", "generator=retrain,identical", *tiny(tmp_path), f"hydra/launcher={launcher}")
+    watcher, killed = kill_workers(tmp_path, long_runs["retrain"]["key"], mark)
+    one_by_one = ("-m", "generator=retrain,identical", *tiny(tmp_path, *LONG), f"hydra/launcher={launcher}")
     answer = run_benchmark(*one_by_one, "hydra.launcher.workers=1", *settings)
     watcher.join()
     lost = [line for line in answer.err if line.startswith("error: ")]
     found = records_in(tmp_path)
-    assert killed and found.keys() == ({"identical"} if not retries else plain.keys())
+    assert killed and found.keys() == ({"identical"} if not retries else long_runs.keys())
     if retries:
         assert answer.code == 0 and lost == [] and found["retrain"]["cost"]["resumed"]
     else:
         assert answer.code == 1 and len(lost) == 1
         assert lost[0].startswith("error: job 0 (generator=retrain ") and "lost its worker" in lost[0]
     for name, record in found.items():
-        assert_equal_records(record, plain[name])
+        assert_equal_records(record, long_runs[name])
 
 
 @pytest.fixture
