@@ -2,7 +2,7 @@
 
 The steps are those that `train` takes for one network after the other, equal to rounding: every member has weights,
 BatchNorm statistics, optimiser state, order of samples and bootstrap resample of its own, and shares nothing but time.
-Convolutions of stacked weights are grouped ones, which are slow on a CPU; `members_at_once` measures.
+Convolutions of stacked weights are grouped ones, whose speed depends on the device: `members_at_once` measures.
 """
 
 from __future__ import annotations

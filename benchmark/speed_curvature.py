@@ -23,7 +23,7 @@ IMAGES = 16
 """Images on which our own curvatures are timed."""
 
 FEW = 2
-"""Images on which laplace-torch's are: it takes seconds for each."""
+"""Images on which laplace-torch's are: it takes about a second for each."""
 
 FITTED, DRAWS = 1000, 10
 

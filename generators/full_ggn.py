@@ -26,7 +26,7 @@ def fit_full(problem: Problem, names: list[str]) -> dict[str, Tensor]:
 
     Eigenvectors q of B B' with eigenvalue l give those of G = B' B: `v = B' q / sqrt(l)`.
     """
-    weights = torch.cat([problem.base.params[n].detach().reshape(-1) for n in names])
+    weights = flat_weights(problem, names)
     size, total = len(weights), rows_per_image(problem) * len(problem.train)
     if total >= size:
         gram = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
@@ -50,11 +50,22 @@ def fit_full(problem: Problem, names: list[str]) -> dict[str, Tensor]:
     return {
         "values": values,
         "vectors": vectors,
-        "diagonal_mean": values.sum() / size,
-        "marglik": torch.tensor(
-            evidence_precision(values, float(weights.double().square().sum())), dtype=torch.float64
-        ),
+        **told_by(values, weights),
     }
+
+
+def told_by(values: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Return what the eigenvalues of G (zeros may be left out) and flat weights w* tell of every curvature.
+
+    diagonal_mean: of G; marglik: the prior precision that maximises the evidence.
+    """
+    precision = evidence_precision(values, float(weights.double().square().sum()))
+    return {"diagonal_mean": values.sum() / len(weights), "marglik": torch.tensor(precision, dtype=torch.float64)}
+
+
+def flat_weights(problem: Problem, names: list[str]) -> Tensor:
+    """Return the base's leaves `names` as one vector [param]."""
+    return torch.cat([problem.base.params[n].detach().reshape(-1) for n in names])
 
 
 def evidence_precision(values: Tensor, squared_norm: float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import Diverged
 from ..identity import derive_seed
 from .api import Problem
-from .full_ggn import evidence_precision
+from .full_ggn import flat_weights, told_by
 from .jacobian import hessian_root
 from .modelset import Leaves, member_noise, unflatten
 
@@ -90,7 +90,7 @@ def fit_lowrank(problem: Problem, names: list[str], rank: int) -> dict[str, Tens
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     ggn = GGN(problem, names)
-    weights = torch.cat([problem.base.params[n].detach().reshape(-1) for n in names])
+    weights = flat_weights(problem, names)
 
     def product(vector: np.ndarray) -> np.ndarray:
         return ggn(torch.from_numpy(vector.reshape(-1)).to(weights)).double().cpu().numpy()
@@ -102,10 +102,7 @@ def fit_lowrank(problem: Problem, names: list[str], rank: int) -> dict[str, Tens
     return {
         "values": values.to(weights.device),
         "vectors": torch.from_numpy(np.ascontiguousarray(vectors)).to(weights),
-        "diagonal_mean": values.sum() / ggn.size,
-        "marglik": torch.tensor(
-            evidence_precision(values, float(weights.double().square().sum())), dtype=torch.float64
-        ),
+        **told_by(values, weights),
     }
 
 

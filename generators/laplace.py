@@ -53,8 +53,8 @@ class Laplace(FromPosterior):
             raise UserError(f"generator.engine=laplace_torch has no structure={self.structure}: use engine=native")
         if self.structure == "matrix_free" and prior_number(self.prior_precision) is None:
             raise UserError(
-                f"generator.prior_precision={self.prior_precision} with structure=matrix_free, of which a draw costs "
-                "tens of passes over train: give a number, such as the one that structure=lowrank finds"
+                f"generator.prior_precision={self.prior_precision} with structure=matrix_free, of which every "
+                "draw costs passes over train: give a number, such as the one that structure=lowrank finds"
             )
 
     @property

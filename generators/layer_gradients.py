@@ -24,7 +24,7 @@ WEIGHTED = (nn.Linear, nn.Conv2d)
 NORMALISING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 NUMBERS = 2**26
-"""Numbers that the gradients of a batch's layers, or the rows of some of its images, may take (256 MiB in float32)."""
+"""Numbers that the gradients of a batch's layers may take (256 MiB in float32)."""
 
 IMAGES = 64
 
@@ -80,9 +80,9 @@ def seen_batches(problem: Problem, names: list[str], draws: int = 0) -> Iterator
             with torch.enable_grad():
                 logits = module(images + 0)  # + 0: of streamed images an ordinary tensor
             with torch.no_grad():
-                seed = derive_seed("curvature", number)
-                cotangents = _drawn(logits, labels, problem.task, draws, seed) if draws else None
-                if cotangents is None:
+                if draws:
+                    cotangents = _drawn(logits, labels, problem.task, draws, derive_seed("curvature", number))
+                else:
                     cotangents = hessian_root(logits, labels, problem.task)
             yield tap.pull_back(logits, cotangents.to(logits))
 

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from .api import Problem
-from .full_ggn import NULL, evidence_precision
+from .full_ggn import NULL, flat_weights, told_by
 from .layer_gradients import WEIGHTED, Seen, input_patches, layers_obstacle, layers_of, leaf_rows, seen_batches
 
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 FACTOR_LIMIT = 10_000
 """Rows of a Kronecker factor above which its eigenvectors take too long."""
-
 
 PIECE = 2**21
 """Numbers (patches and rows of some images) that are worked on at once: more of them leave the cache of a CPU."""
@@ -51,7 +50,7 @@ def native_obstacle(problem: Problem, structure: str, names: list[str], approxim
 def fit_diagonal(problem: Problem, names: list[str], draws: int = 0) -> dict[str, Tensor]:
     """Return `diagonal` [param] of G on train, and what follows from it; draws: as for `diagonal_ggn`."""
     diagonal = diagonal_ggn(problem, names, draws)
-    return {"diagonal": diagonal, **_evidence(problem, names, diagonal.double())}
+    return {"diagonal": diagonal, **told_by(diagonal.double(), flat_weights(problem, names))}
 
 
 def diagonal_ggn(problem: Problem, names: list[str], draws: int = 0) -> Tensor:
@@ -85,7 +84,7 @@ def fit_kronecker(
             found[f"values.{i}.{j}"], found[f"vectors.{i}.{j}"] = values, vectors
         values = [values.double() for values, _ in pairs]
         spectrum.append(torch.outer(*values).reshape(-1) if len(values) == 2 else values[0])
-    return {**found, **_evidence(problem, names, torch.cat(spectrum))}
+    return {**found, **told_by(torch.cat(spectrum), flat_weights(problem, names))}
 
 
 def kronecker_factors(
@@ -104,9 +103,9 @@ def kronecker_factors(
 
 @dataclass
 class Factors:
-    """Sums over train for one leaf: of gradients (or of rows, of a norm layer), and of inputs for a matrix.
+    """Second moments over train for one leaf: of gradients (of rows, for a norm layer), and of inputs for a matrix.
 
-    inputs: the second moment; or, where images are fewer than rows, the vectors themselves.
+    vectors: with `reduce`, the mean inputs themselves, which may be fewer than a second moment has rows.
     """
 
     layer: nn.Module
@@ -182,13 +181,3 @@ def _pieces(layer: nn.Module, seen: Seen, row: int) -> Iterator[Seen]:
     if isinstance(layer, nn.Conv2d):
         inputs = layer.weight[0].numel() * seen.gradients[0, 0, 0].numel()
     yield from seen.split(max(1, PIECE // (inputs + len(seen.gradients) * row)))
-
-
-def _evidence(problem: Problem, names: list[str], values: Tensor) -> dict[str, Tensor]:
-    """Return the mean of G's diagonal, and the prior precision that its eigenvalues make the most likely."""
-    size = sum(problem.base.params[n].numel() for n in names)
-    squared_norm = float(sum(problem.base.params[n].double().square().sum() for n in names))
-    return {
-        "diagonal_mean": values.sum() / size,
-        "marglik": torch.tensor(evidence_precision(values, squared_norm), dtype=torch.float64),
-    }

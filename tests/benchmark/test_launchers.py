@@ -391,19 +391,24 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_launched(mistake, run_ben
     assert not ray.open and not (tmp_path / "out").exists()
 
 
-def test_slurm_commands_that_are_missing_are_one_line(run_benchmark, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sinfo", "says"),
+    [
+        ("", "needs Slurm (sbatch, srun, sinfo)"),
+        (
+            "echo 'slurm_load_partitions: Unable to contact' >&2; exit 1",
+            "Slurm does not answer (slurm_load_partitions: Unable to contact)",
+        ),
+    ],
+    ids=["no commands", "no answer"],
+)
+def test_a_slurm_that_is_not_there_is_one_line(sinfo, says, run_benchmark, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "_installed", lambda module: True)
     monkeypatch.setenv("PATH", str(tmp_path))
+    if sinfo:
+        fake_slurm(tmp_path / "bin", sinfo, monkeypatch)
     answer = run_benchmark("-m", "generator=identical", *tiny(tmp_path / "out"), "hydra/launcher=submitit_slurm")
-    assert answer.code == 2 and len(answer.err) == 1 and "needs Slurm (sbatch, srun, sinfo)" in answer.err[0]
-
-
-def test_slurm_that_does_not_answer_is_one_line(run_benchmark, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "_installed", lambda module: True)
-    fake_slurm(tmp_path / "bin", "echo 'slurm_load_partitions: Unable to contact' >&2; exit 1", monkeypatch)
-    answer = run_benchmark("-m", "generator=identical", *tiny(tmp_path / "out"), "hydra/launcher=submitit_slurm")
-    assert answer.code == 2 and len(answer.err) == 1
-    assert "Slurm does not answer (slurm_load_partitions: Unable to contact)" in answer.err[0]
+    assert answer.code == 2 and len(answer.err) == 1 and says in answer.err[0]
 
 
 @pytest.mark.parametrize("launcher", [path.stem for path in PRESETS])

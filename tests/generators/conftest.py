@@ -68,6 +68,23 @@ def untrained(toy) -> Callable[..., Problem]:
     return make
 
 
+@pytest.fixture(scope="session")
+def with_labels() -> Callable[[Problem], Problem]:
+    """Return `with_labels(problem)`: the same images with three random labels each, a quarter of them missing."""
+
+    def several(problem: Problem) -> Problem:
+        random = torch.rand(2 * len(problem.train), 3, generator=torch.Generator().manual_seed(4))
+        train, tune = ((random > 0.6).long() - (random < 0.25).long()).split(len(problem.train))
+        return replace(
+            problem,
+            train=Part(problem.train.images, train),
+            tune=Part(problem.tune.images, tune),
+            task="multilabel",
+        )
+
+    return several
+
+
 def _shared_parts(problem: Problem) -> Problem:
     stored: dict[str, dict[str, Tensor]] = {}
 

@@ -44,24 +44,14 @@ def sampler(drawn: DualSet) -> torch.Tensor:
 
 
 @pytest.fixture
-def problems(untrained):
-    """Return `problems(name)`; multi-label targets are random, a quarter of them missing."""
+def problems(untrained, with_labels):
+    """Return `problems(name)`."""
 
     def make(name: str):
         settings = dict(PROBLEMS[name])
         labels = settings.pop("labels", False)
         problem = untrained(**settings)
-        if not labels:
-            return problem
-        random = torch.rand(2 * len(problem.train), 3, generator=torch.Generator().manual_seed(4))
-        targets = (random > 0.6).long() - (random < 0.25).long()
-        train, tune = targets.split(len(problem.train))
-        return replace(
-            problem,
-            train=Part(problem.train.images, train),
-            tune=Part(problem.tune.images, tune),
-            task="multilabel",
-        )
+        return with_labels(problem) if labels else problem
 
     return make
 

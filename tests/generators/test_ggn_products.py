@@ -8,7 +8,7 @@ import pytest
 import torch
 from multiplicity_bench.errors import Diverged, UserError
 from multiplicity_bench.generators import ggn_products
-from multiplicity_bench.generators.api import Memory, Part
+from multiplicity_bench.generators.api import Memory
 from multiplicity_bench.generators.contract import check_generator
 from multiplicity_bench.generators.ggn_products import GGN, draw, fit_lowrank
 from multiplicity_bench.generators.jacobian import hessian_root, jacobian
@@ -24,13 +24,10 @@ NETWORKS = {
 
 
 @pytest.fixture(params=["binary", "multiclass", "multilabel"])
-def problem(request, untrained):
+def problem(request, untrained, with_labels):
     task = request.param
     found = untrained(**NETWORKS["mlp" if task == "binary" else "batchnorm"], classes=2 if task == "binary" else 3)
-    if task != "multilabel":
-        return found
-    labels = torch.randint(-1, 2, (len(found.train), 3), generator=torch.Generator().manual_seed(1))
-    return replace(found, train=Part(found.train.images, labels), task=task)
+    return with_labels(found) if task == "multilabel" else found
 
 
 def test_a_product_is_that_with_the_dense_ggn(problem, dense_ggn, monkeypatch):

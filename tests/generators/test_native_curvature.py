@@ -72,21 +72,12 @@ ODD = {
 
 
 @pytest.fixture
-def problems(untrained):
-    """Return `problems(network, task)`; multi-label targets are random, a quarter of them missing."""
+def problems(untrained, with_labels):
+    """Return `problems(network, task)`."""
 
     def make(network: str, task: str = "multiclass"):
         problem = untrained(**NETWORKS[network], classes=2 if task == "binary" else 3)
-        if task != "multilabel":
-            return problem
-        random = torch.rand(2 * len(problem.train), 3, generator=torch.Generator().manual_seed(4))
-        train, tune = ((random > 0.6).long() - (random < 0.25).long()).split(len(problem.train))
-        return replace(
-            problem,
-            train=Part(problem.train.images, train),
-            tune=Part(problem.tune.images, tune),
-            task="multilabel",
-        )
+        return with_labels(problem) if task == "multilabel" else problem
 
     return make
 
