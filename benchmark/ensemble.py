@@ -1,8 +1,10 @@
-"""Several networks trained at once by the one recipe: stacked weights, one pass for all.
+"""Several networks trained at once by the one recipe: stacked weights, one step for all.
 
 The steps are those that `train` takes for one network after the other, equal to rounding: every member has weights,
-BatchNorm statistics, optimiser state, order of samples and bootstrap resample of its own, and shares nothing but time.
-Convolutions of stacked weights are grouped ones, whose speed depends on the device: `members_at_once` measures.
+BatchNorm statistics, optimiser state, order of samples, augmentation, bootstrap resample and early stop of its own, and
+shares nothing but time. There are two ways to the gradients: `vmap`, whose stacked convolutions are grouped ones, fast
+or slow depending on the device, and `each`, one member's pass after the other's. On a GPU either is captured in a CUDA
+graph, as launching the kernels of a small network takes longer than they run. `way_of_training` measures.
 """
 
 from __future__ import annotations
@@ -17,10 +19,15 @@ import torch
 from torch import Tensor
 
 from ..errors import Diverged
-from ..generators.api import Checkpoint, Memory, Part, Plan, Trained
-from ..generators.modelset import Leaves
+from ..generators.api import WAYS, AtOnce, Checkpoint, Memory, Part, Plan, Trained
+from ..generators.modelset import Leaves, under
+from .augment import changed, draw_changes
+from .cuda_graphs import Captured
+from .devices import is_lost
+from .early_stopping import BestEpoch, loss_on
 from .networks import Network
 from .objectives import MeanLoss
+from .progress import log
 from .train import (
     CHECKPOINT_EVERY_S,
     Training,
@@ -29,13 +36,19 @@ from .train import (
     learning_rate,
     make_optimizer,
     mean_loss,
+    patience,
     restore_state,
     skipped,
     state_of,
+    train,
+    training_logits,
 )
 
 AT_ONCE = 32
 """Networks that are trained at once, where that is faster."""
+
+Gradients = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+"""(images, labels) [member, sample, ...] -> losses [member] and, leaf by leaf, gradients [member, ...]."""
 
 
 @dataclass
@@ -45,21 +58,24 @@ class Together:
     network: Network
     data: Part
     recipe: Training
+    tune: Part | None = None
     patient: Tensor | None = None
     checkpoint: Checkpoint | None = None
     progress: Callable[..., Iterable[Any]] = lambda items, description, total=None: items
 
-    def at_once(self, members: int) -> int:
-        """Return how many of `members` networks to train at once: see `members_at_once`."""
-        return members_at_once(self.network, self.data, self.recipe, members)
+    def at_once(self, members: int) -> AtOnce:
+        """Return how many of `members` networks to train at once, and in which way: see `way_of_training`."""
+        return way_of_training(self.network, self.data, self.recipe, members)
 
-    def __call__(self, plans: Sequence[Plan], *, name: str = "training") -> list[Trained | Diverged]:
+    def __call__(self, plans: Sequence[Plan], *, way: str = "vmap", name: str = "training") -> list[Trained | Diverged]:
         """Train a network for each plan."""
         return train_together(
             self.network,
             self.data,
             self.recipe,
             plans,
+            way=way,
+            tune=self.tune,
             patient=self.patient,
             checkpoint=self.checkpoint,
             progress=self.progress,
@@ -78,6 +94,8 @@ def train_together(
     recipe: Training,
     plans: Sequence[Plan],
     *,
+    way: str = "vmap",
+    tune: Part | None = None,
     patient: Tensor | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Callable[..., Iterable[Any]] = lambda items, description, total=None: items,
@@ -85,60 +103,176 @@ def train_together(
 ) -> list[Trained | Diverged]:
     """Train a network for each plan, in one loop; a member whose loss stops being finite is Diverged, the others go on.
 
-    Checkpoints hold whole epochs of all members, so that a killed training continues to the same weights. `epoch_s` of
-    a member are its share.
+    Members that have stopped early or diverged leave the stack once half of it has. Checkpoints hold whole epochs of
+    all members, so that a killed training continues to the same weights. `epoch_s` of a member are its share.
     """
     checkpoint = checkpoint or Memory()
-    device, members, n = data.images.device, len(plans), len(data)
-    params, buffers = _stacked(network, plans, device)
-    optimizer = make_optimizer(recipe, params.values())
-    own = _rows(plans, patient, n)
-    batches = math.ceil(n / recipe.batch_size)
-    losses: list[list[float]] = []
+    stack = Stack(network, recipe, plans, data, way)
+    courses = [Course(patience(recipe, tune)) for _ in plans]
     epoch_s: list[float] = []
-    order, saved = MeanLoss(n), time.monotonic()
-    first = _resume(checkpoint, name, params, buffers, optimizer, losses)
+    own = _rows(plans, patient, len(data))
+    first, saved = _resume(checkpoint.load(name), stack, courses), time.monotonic()
     for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
+        if not stack.members:
+            break
         start = time.perf_counter()
-        orders = torch.stack([order.order(plan.seed, epoch) for plan in plans])
-        rows = (orders if own is None else own.gather(1, orders)).to(device)
-        total = torch.zeros(members, device=device)
-        for i, batch in enumerate(rows.split(recipe.batch_size, dim=1)):
-            if skipped(batch.shape[1], recipe, n):
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, epoch * batches + i, recipe.epochs * batches)
-            loss = _losses(network, params, buffers, data, batch)
-            total += loss.detach() * batch.shape[1]
-            optimizer.zero_grad()
-            (loss.sum() + l2(params, recipe.prior_precision, n)).backward()
-            optimizer.step()
-        losses.append((total / n).double().tolist())
-        epoch_s.append((time.perf_counter() - start) / members)
+        told = _epoch(stack, data, plans, own, epoch)
+        for row, k in enumerate(stack.members):
+            courses[k].see(told[row], network, stack.member(row), tune)
+        epoch_s.append((time.perf_counter() - start) / len(stack.members))
+        going = [row for row, k in enumerate(stack.members) if not courses[k].ended]
+        if 2 * len(going) <= len(stack.members):
+            stack.keep(going)
         if time.monotonic() - saved > CHECKPOINT_EVERY_S:
-            told = torch.tensor(losses, dtype=torch.float64)
-            checkpoint.save(name, state_of(params, buffers, optimizer) | {"losses": told})
+            checkpoint.save(name, _state(stack, courses))
             saved = time.monotonic()
-    return [_member(name, recipe, params, buffers, losses, epoch_s, k) for k in range(members)]
+    return [_trained(f"{name}, member {k}", recipe, course, stack, k, epoch_s) for k, course in enumerate(courses)]
 
 
-def members_at_once(network: Network, data: Part, recipe: Training, members: int) -> int:
-    """Return how many networks to train at once on this device: `AT_ONCE`, or 1 where one by one is faster.
+def way_of_training(network: Network, data: Part, recipe: Training, members: int) -> AtOnce:
+    """Return how many networks to train at once on this device, and how: one by one where that is the fastest.
 
-    Timed on four batches: the second epoch of each way. One by one where memory does not suffice.
+    Timed on four batches: the second epoch of every way. Where memory does not suffice, half as many are tried; a way
+    that this device or network does not allow is left out, and said.
     """
-    count = min(members, AT_ONCE)
     few = Part(data.images[: 4 * recipe.batch_size], data.labels[: 4 * recipe.batch_size])
-    short = replace(recipe, epochs=2)
-    try:
-        (together, *_) = train_together(network, few, short, [Plan(seed=k) for k in range(count)])
-        (alone,) = train_together(network, few, short, [Plan(seed=0)])
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return 1
-    if isinstance(together, Diverged) or isinstance(alone, Diverged):
-        return 1
-    return count if together.epoch_s[-1] < alone.epoch_s[-1] else 1
+    short = replace(recipe, epochs=2, patience=0)
+    seconds = {AtOnce(1): train(network, few, short, 0).epoch_s[-1]}
+    for way in WAYS:
+        count = min(members, AT_ONCE)
+        while count > 1:
+            try:
+                (first, *_) = train_together(network, few, short, [Plan(seed=k) for k in range(count)], way=way)
+                if not isinstance(first, Diverged):
+                    seconds[AtOnce(count, way)] = first.epoch_s[-1]
+                break
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                count //= 2
+            except RuntimeError as error:
+                if is_lost(error):
+                    raise
+                log(f"training at once by {way} is not possible here: {str(error).partition(chr(10))[0]}")
+                break
+    return min(seconds, key=seconds.__getitem__)
+
+
+class Stack:
+    """The networks that are still trained: leaves and statistics [member, ...], and one optimiser for all.
+
+    members: the plan of every row.
+    """
+
+    def __init__(self, network: Network, recipe: Training, plans: Sequence[Plan], data: Part, way: str):
+        self.network, self.recipe, self.way, self.samples = network, recipe, way, len(data)
+        self.members = list(range(len(plans)))
+        params, self.buffers = _stacked(network, plans, data.images.device)
+        self._begin(params)
+
+    def _begin(self, params: Leaves) -> None:
+        self.params = {n: p.detach().requires_grad_() for n, p in params.items()}
+        self.optimizer = make_optimizer(self.recipe, self.params.values())
+        self.gradients: Gradients = {"vmap": self._by_vmap, "each": self._by_each}[self.way]
+        self.whole_batch: Gradients = self.gradients
+        if next(iter(self.params.values())).is_cuda:
+            self.whole_batch = Captured(self.gradients, moved=self.buffers.values())
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some of the members."""
+        state = state_of(self.params, self.buffers, self.optimizer)
+        chosen = {
+            n: t[rows] if t.ndim else t for n, t in state.items()
+        }  # the optimiser's count of steps is one for all
+        self.members = [self.members[row] for row in rows]
+        self.buffers = under("buffer/", chosen)
+        self._begin(under("param/", chosen))
+        restore_state(chosen, self.params, self.buffers, self.optimizer)
+
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """Take one step on every member's own batch and return the losses before it, [member]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        whole = images.shape[1] == self.recipe.batch_size
+        losses, gradients = (self.whole_batch if whole else self.gradients)(images, labels)
+        for leaf, gradient in zip(self.params.values(), gradients, strict=True):
+            leaf.grad = gradient
+        self.optimizer.step()
+        return losses
+
+    def member(self, row: int) -> Trained:
+        """Return the weights of one row, as views."""
+        params, buffers = ({n: leaf[row].detach() for n, leaf in o.items()} for o in (self.params, self.buffers))
+        return Trained(params, buffers)
+
+    def _by_vmap(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        recipe = replace(self.recipe, channels_last=False)  # stacked weights have no such layout
+
+        def one(params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor) -> Tensor:
+            return mean_loss(training_logits(self.network, recipe, params, buffers, images), labels)
+
+        losses = torch.func.vmap(one, randomness="different")(self.params, self.buffers, images, labels)
+        return losses.detach(), self._derive(losses.sum(), self.params)
+
+    def _by_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        losses, gradients = [], []
+        for row in range(len(self.members)):
+            now = self.member(row)
+            params = {n: p.requires_grad_() for n, p in now.params.items()}
+            logits = training_logits(self.network, self.recipe, params, now.buffers, images[row])
+            loss = mean_loss(logits, labels[row])
+            losses.append(loss.detach())
+            gradients.append(self._derive(loss, params))
+        return torch.stack(losses), [torch.stack(leaf) for leaf in zip(*gradients, strict=True)]
+
+    def _derive(self, loss: Tensor, params: Leaves) -> list[Tensor]:
+        penalised = loss + l2(params, self.recipe.prior_precision, self.samples)
+        return list(torch.autograd.grad(penalised, list(params.values())))
+
+
+@dataclass
+class Course:
+    """How one member's training goes: its losses so far, and its best epoch where it may stop early."""
+
+    best: BestEpoch | None
+    losses: tuple[float, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing that follows counts: the member has stopped early, or diverged."""
+        diverged = bool(self.losses) and not math.isfinite(self.losses[-1])
+        return diverged or (self.best is not None and self.best.stopped)
+
+    def see(self, loss: float, network: Network, now: Trained, tune: Part | None) -> None:
+        """Take the end of an epoch into account."""
+        if self.ended:
+            return
+        self.losses += (loss,)
+        if self.best is not None and tune is not None and math.isfinite(loss):
+            self.best.see(loss_on(network, now, tune), now)
+
+
+def _epoch(stack: Stack, data: Part, plans: Sequence[Plan], own: Tensor | None, epoch: int) -> list[float]:
+    """Train every member for an epoch and return its losses, summed in float32 as `train` does."""
+    recipe, network, n = stack.recipe, stack.network, len(data)
+    device, seeds = data.images.device, [plans[k].seed for k in stack.members]
+    places = torch.stack([MeanLoss(n).order(seed, epoch) for seed in seeds])
+    rows = (places if own is None else own[stack.members].gather(1, places)).to(device)
+    drawn = [draw_changes(recipe.augment, seed, epoch, n, network.size) for seed in seeds]
+    moved = [changes[order] for changes, order in zip(drawn, places, strict=True) if changes is not None]
+    moves = torch.stack(moved).to(device).split(recipe.batch_size, dim=1) if moved else None
+    total = torch.zeros(len(seeds), device=device)
+    batches = math.ceil(n / recipe.batch_size)
+    for i, batch in enumerate(rows.split(recipe.batch_size, dim=1)):
+        if skipped(batch.shape[1], recipe, n):
+            continue
+        flat = batch.flatten()
+        images = data.images[flat]
+        if moves is not None:
+            images = changed(images, moves[i].flatten(0, 1))
+        images, labels = images.unflatten(0, batch.shape), data.labels[flat].unflatten(0, batch.shape)
+        rate = learning_rate(recipe, epoch * batches + i, recipe.epochs * batches)
+        total += stack.step(images, labels, rate) * batch.shape[1]
+    return (total / n).double().tolist()
 
 
 def _stacked(network: Network, plans: Sequence[Plan], device: torch.device) -> tuple[Leaves, Leaves]:
@@ -151,7 +285,7 @@ def _stacked(network: Network, plans: Sequence[Plan], device: torch.device) -> t
     params, buffers = (
         {n: torch.stack([start[i][n].detach() for start in starts]).to(device) for n in starts[0][i]} for i in (0, 1)
     )
-    return {n: p.requires_grad_() for n, p in params.items()}, buffers
+    return params, buffers
 
 
 def _rows(plans: Sequence[Plan], patient: Tensor | None, n: int) -> Tensor | None:
@@ -164,48 +298,38 @@ def _rows(plans: Sequence[Plan], patient: Tensor | None, n: int) -> Tensor | Non
     )
 
 
-def _losses(network: Network, params: Leaves, buffers: Leaves, data: Part, rows: Tensor) -> Tensor:
-    """Return the mean loss of every member on its own batch [member]; BatchNorm statistics move with it."""
+def _state(stack: Stack, courses: Sequence[Course]) -> dict[str, Tensor]:
+    """Return everything that the rest of the training depends on, as tensors."""
+    state = state_of(stack.params, stack.buffers, stack.optimizer) | {"members": torch.tensor(stack.members)}
+    for k, course in enumerate(courses):
+        state[f"losses/{k}"] = torch.tensor(course.losses, dtype=torch.float64)
+        if course.best is not None:
+            state |= {f"best/{k}/{n}": t for n, t in course.best.state().items()}
+    return state
 
-    def one(params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor) -> Tensor:
-        return mean_loss(network(params, buffers, images, train=True), labels)
 
-    flat = rows.flatten()
-    images, labels = data.images[flat].unflatten(0, rows.shape), data.labels[flat].unflatten(0, rows.shape)
-    return torch.func.vmap(one, randomness="different")(params, buffers, images, labels)
-
-
-def _resume(
-    checkpoint: Checkpoint,
-    name: str,
-    params: Leaves,
-    buffers: Leaves,
-    optimizer: torch.optim.Optimizer,
-    losses: list[list[float]],
-) -> int:
+def _resume(state: dict[str, Tensor] | None, stack: Stack, courses: Sequence[Course]) -> int:
     """Put a checkpoint back in place and return the epoch to go on with."""
-    state = checkpoint.load(name)
     if state is None:
         return 0
-    restore_state(state, params, buffers, optimizer)
-    losses.extend(state["losses"].tolist())
-    return len(losses)
+    stack.keep(state["members"].tolist())
+    restore_state(state, stack.params, stack.buffers, stack.optimizer)
+    for k, course in enumerate(courses):
+        course.losses = tuple(state[f"losses/{k}"].tolist())
+        if course.best is not None:
+            course.best = BestEpoch.restored(course.best.patience, under(f"best/{k}/", state))
+    return max(len(course.losses) for course in courses)
 
 
-def _member(
-    name: str,
-    recipe: Training,
-    params: Leaves,
-    buffers: Leaves,
-    losses: list[list[float]],
-    epoch_s: list[float],
-    k: int,
+def _trained(
+    name: str, recipe: Training, course: Course, stack: Stack, member: int, epoch_s: list[float]
 ) -> Trained | Diverged:
-    own = [epoch[k] for epoch in losses]
-    bad = next((i for i, loss in enumerate(own) if not math.isfinite(loss)), None)
-    if bad is not None:
-        return Diverged(
-            f"{name}, member {k}: the loss of epoch {bad + 1} is not finite (training.lr={recipe.lr:g} too large?)"
-        )
-    weights, statistics = ({n: leaf[k].detach().clone() for n, leaf in own.items()} for own in (params, buffers))
-    return Trained(weights, statistics, own, epoch_s)
+    losses = list(course.losses)
+    if not math.isfinite(losses[-1]):
+        return Diverged(f"{name}: the loss of epoch {len(losses)} is not finite (training.lr={recipe.lr:g} too large?)")
+    if course.best is not None:
+        params, buffers = course.best.weights()
+    else:
+        now = stack.member(stack.members.index(member))
+        params, buffers = ({n: leaf.clone() for n, leaf in own.items()} for own in (now.params, now.buffers))
+    return Trained(params, buffers, losses, epoch_s)

@@ -1,14 +1,15 @@
 """Predictions of a model set: logits [member, sample, class], one function, several strategies.
 
-`loop` runs member after member; `vmap` runs a block of members over stacked weights. The same logits to rounding; which
-is faster depends on network and device (vmapped convolutions become grouped convolutions, slow on a CPU), so the first
-batch is timed both ways.
+`loop` runs member after member; `vmap` runs a block of members over stacked weights; `graph`, on a GPU, is the loop
+with a member's pass captured in a CUDA graph. The same logits to rounding; which is fastest depends on network and
+device (vmapped convolutions become grouped convolutions, slow on a CPU), so the first batch is timed each way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,13 @@ from torch import Tensor
 
 from ..generators.api import NetworkFunction, Trained
 from ..generators.modelset import Block, ModelSet
+from .cuda_graphs import Captured
+from .devices import is_lost
+from .progress import log
 
 STRATEGIES = ("loop", "vmap")
+"""On every device, for predictions and for gradients by the images."""
+
 BATCH = 256
 BLOCK_BYTES = 256 * 2**20
 
@@ -29,21 +35,28 @@ def block_size(model_set: ModelSet) -> int:
 
 
 def predict_block(
-    network: NetworkFunction, block: Block, images: Tensor, strategy: str = "loop", batch: int = BATCH
+    network: NetworkFunction,
+    block: Block,
+    images: Tensor,
+    strategy: str = "loop",
+    batch: int = BATCH,
+    graphs: dict[Any, Captured] | None = None,
 ) -> Tensor:
     """Return logits [member, sample, class] of a block of members on uint8 images, without gradients.
 
-    Out of memory halves the batch and goes on.
+    Out of memory halves the batch and goes on. graphs: what `graph` has captured for other blocks of the same set.
     """
-    run = {"loop": _loop, "vmap": _vmap}[strategy]
+    captured = {} if graphs is None else graphs
+    run = {"loop": _loop, "vmap": _vmap, "graph": partial(_graph, graphs=captured)}[strategy]
     try:
         with torch.no_grad():
             return torch.cat([run(network, block, part) for part in images.split(batch)], dim=1)
     except torch.OutOfMemoryError:
         if batch <= 1:
             raise
+        captured.clear()
         torch.cuda.empty_cache()
-        return predict_block(network, block, images, strategy, batch // 2)
+        return predict_block(network, block, images, strategy, batch // 2, captured)
 
 
 def base_block(base: Trained) -> Block:
@@ -58,11 +71,18 @@ def choose_strategy(network: NetworkFunction, model_set: ModelSet, images: Tenso
     block = model_set.block(0, min(4 if images.is_cuda else 2, model_set.size))
     if (not block.params and not block.buffers) or model_set.size < 2:
         return "loop"
-    seconds = {}
-    for strategy in STRATEGIES:
-        predict_block(network, block, few[:8], strategy).cpu()  # to read a value is to wait for it
+    warm, seconds = few if images.is_cuda else few[:8], {}
+    for strategy in (*STRATEGIES, "graph") if images.is_cuda else STRATEGIES:
+        graphs: dict[Any, Captured] = {}
+        try:
+            predict_block(network, block, warm, strategy, graphs=graphs).cpu()  # to read a value is to wait for it
+        except RuntimeError as error:
+            if strategy != "graph" or is_lost(error):
+                raise
+            log(f"prediction by a CUDA graph is not possible here: {str(error).partition(chr(10))[0]}")
+            continue
         start = time.perf_counter()
-        predict_block(network, block, few, strategy).cpu()
+        predict_block(network, block, few, strategy, graphs=graphs).cpu()
         seconds[strategy] = time.perf_counter() - start
     return min(seconds, key=seconds.__getitem__)
 
@@ -86,9 +106,10 @@ def predict(
     size = block_size(model_set)
     starts = range(first, model_set.size, size)
     collected = []
+    graphs: dict[Any, Captured] = {}
     for start in progress(starts, "predicting", len(starts)):
         block = model_set.block(start, min(start + size, model_set.size))
-        logits = predict_block(network, block, images, strategy).float()
+        logits = predict_block(network, block, images, strategy, graphs=graphs).float()
         if write is not None:
             write(block, logits)
         else:
@@ -117,4 +138,18 @@ def _loop(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
 
 def _vmap(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
     logits = torch.func.vmap(lambda p, b: block.logits(network, p, b, images))(block.params, block.buffers)
+    return logits if block.output is None else block.output(logits, images)
+
+
+def _graph(network: NetworkFunction, block: Block, images: Tensor, graphs: dict[Any, Captured]) -> Tensor:
+    own = [*block.params.values(), *block.buffers.values()]
+    if not own:
+        return _loop(network, block, images)
+
+    def one(images: Tensor, *leaves: Tensor) -> Tensor:
+        params = dict(zip(block.params, leaves, strict=False))
+        return block.logits(network, params, dict(zip(block.buffers, leaves[len(params) :], strict=True)), images)
+
+    captured = graphs.setdefault(tuple(images.shape), Captured(one))
+    logits = torch.stack([captured(images, *(leaf[k] for leaf in own)).clone() for k in range(block.size)])
     return logits if block.output is None else block.output(logits, images)

@@ -131,7 +131,8 @@ class Spec:
     @property
     def numerics(self) -> dict[str, Any]:
         """Return the declared numerics."""
-        return {"device": self.device.type, "dtype": "float32", "tf32": self.options.tf32, "autocast": "none"}
+        tf32, autocast = self.options.tf32, self.training.autocast
+        return {"device": self.device.type, "dtype": "float32", "tf32": tf32, "autocast": autocast}
 
 
 def register_config() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..datasets.api import Data, prepare
 from ..errors import Diverged, UserError
 from ..generators.api import Memory, Part, Problem, Trained
-from ..generators.modelset import ModelSet, StackedSet
+from ..generators.modelset import ModelSet, StackedSet, under
 from ..generators.posterior import FromPosterior
 from ..identity import array_digest, canonical_json, derive_seed, digest, plain
 from ..leaderboard import record as records
@@ -33,6 +33,7 @@ from ..leaderboard.view_files import SUFFIX, ViewFile, arrays_views, save_views,
 from ..metrics.api import Predictions
 from ..metrics.evaluation import Evaluation, catalogue, evaluate, view_scores
 from ..metrics.views import shown_cases
+from .devices import explain_lost, is_lost
 from .ensemble import Together, trains_together
 from .memory import PeakMemory
 from .networks import Network
@@ -134,11 +135,8 @@ class Run:
 
         folder = self.store.produce("base", key, spec.base_identity(self.data), compute)
         leaves = load_file(folder / WEIGHTS, device=str(self.device))
-        pick = lambda group: {  # noqa: E731
-            n.removeprefix(group): leaf for n, leaf in leaves.items() if n.startswith(group)
-        }
         params, buffers = self.network.init(0)  # files sort names; the network's own order is what flat vectors follow
-        found_params, found_buffers = pick("params/"), pick("buffers/")
+        found_params, found_buffers = under("params/", leaves), under("buffers/", leaves)
         return Trained({n: found_params[n] for n in params}, {n: found_buffers[n] for n in buffers})
 
     def _base_seed(self) -> int:
@@ -251,6 +249,8 @@ class Run:
         except (UserError, OSError, KeyboardInterrupt):
             raise
         except Exception as error:
+            if is_lost(error):  # says nothing about the generator: no record
+                raise explain_lost(error) from error
             self._write("failed", f"{type(error).__name__}: {error}", {"traceback": _traceback()})
             raise
         return self._write("ok", "", model_set=model_set, evaluation=evaluation, arrays=arrays, seen=seen, suite=suite)
@@ -273,19 +273,22 @@ class Run:
     def time_base_training(self) -> float:
         """Return the seconds that one base training (without polishing) would take in this process, now.
 
-        The median of three passes over eight batches, scaled to the recipe's number of steps: short enough to be taken
+        The median of three passes over eight batches, scaled to the steps that the base took: short enough to be taken
         right before and right after a set is generated, for the speed of a shared machine changes.
         """
-        recipe, data = self.spec.training, self.part("train")
+        recipe, data, tune = self.spec.training, self.part("train"), self.part("tune")
+        epochs = len(self.store.about("base", self.keys["base"])["losses"])
         few = Part(data.images[: 8 * recipe.batch_size], data.labels[: 8 * recipe.batch_size])
+        tuned = max(1, len(tune) * len(few) // len(data))
         timed = train(
             self.network,
             few,
-            replace(recipe, epochs=4, polish=0),
+            replace(recipe, epochs=4, polish=0, patience=recipe.patience and 4),
             derive_seed("timing"),
+            tune=Part(tune.images[:tuned], tune.labels[:tuned]),
             grouping=lambda groups: self._grouping().codes(groups)[: len(few)],
         ).epoch_s[1:]
-        return float(np.median(timed)) * recipe.epochs * len(data) / len(few)
+        return float(np.median(timed)) * epochs * len(data) / len(few)
 
     def _grouping(self) -> Grouping:
         """Return what the training samples can be grouped by; hidden strata are found when they are asked for."""
@@ -306,6 +309,7 @@ class Run:
                 data,
                 self.spec.training,
                 seed,
+                tune=self.part("tune"),
                 patient=patient,
                 grouping=grouping.codes,
                 **{"checkpoint": checkpoint, "progress": progress, **arguments},
@@ -322,7 +326,7 @@ class Run:
         if self.device.type != "cuda" or not trains_together(recipe):
             return None
         patient = None if split.patient is None else torch.from_numpy(split.patient)
-        return Together(self.network, self.part("train"), recipe, patient, checkpoint, progress)
+        return Together(self.network, self.part("train"), recipe, self.part("tune"), patient, checkpoint, progress)
 
     def _part(
         self, clock: Stopwatch, memory: PeakMemory

@@ -37,7 +37,13 @@ def problem_of(network: Network, data: Part, tune: Part, recipe: Training, membe
 
     def fit(seed: int, **arguments: Any) -> Trained:
         return train(
-            network, data, recipe, seed, grouping=grouping.codes, **{"checkpoint": problem.checkpoint, **arguments}
+            network,
+            data,
+            recipe,
+            seed,
+            tune=tune,
+            grouping=grouping.codes,
+            **{"checkpoint": problem.checkpoint, **arguments},
         )
 
     problem = Problem(

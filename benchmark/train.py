@@ -2,7 +2,7 @@
 
 Mini-batch SGD or AdamW with cosine decay on `loss + a/(2N) |w|^2`: the Gaussian prior is an L2 term of the loss, never
 decoupled decay, so that the end point is a mode of what a Laplace approximation expands (with the objective `erm`; the
-others end elsewhere, and `gradient_norm` says how far from such a mode).
+others, early stopping and augmentation end elsewhere, and `gradient_norm` says how far from such a mode).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ..errors import Diverged, UserError
 from ..generators.api import Checkpoint, Memory, Part, Trained, choices
+from ..generators.modelset import under
 from ..identity import added_later, derive_seed
+from .augment import AUGMENTATIONS, changed, draw_changes
+from .early_stopping import BestEpoch, loss_on
 from .networks import Network
 from .objectives import OBJECTIVES, ClassBalanced, GroupDRO, MeanLoss, Objective
 from .objectives import mean_loss as mean_loss
@@ -35,7 +38,11 @@ class Training:
     report the gradient norm; objective: erm | class_balanced | group_dro (see `objectives`); groups: of group_dro, a
     product of attributes, `label`, `strata` and `random`, such as `sex*label` (the attribute x class of Sagawa et al.);
     group_step: eta of its weights. Group DRO needs strong regularisation where a network can fit all samples: compare
-    it at a prior_precision and a number of epochs that leave it a training loss.
+    it at a prior_precision and a number of epochs that leave it a training loss. augment: none | shift | shift_flip
+    (see `augment`; a mirrored chest film has its heart on the wrong side); patience: epochs without a smaller loss on
+    tune after which a training ends with the weights of its best epoch (0 = none); autocast: none | bf16 (the forward
+    passes of training, weights and sums stay float32); channels_last: the other order of pixels and channels, which
+    some devices and networks compute faster in.
     """
 
     optimizer: str = "adamw"
@@ -48,6 +55,10 @@ class Training:
     objective: str = added_later("erm")
     groups: str = added_later("")
     group_step: float = added_later(0.01)
+    augment: str = added_later("none")
+    patience: int = added_later(0)
+    autocast: str = added_later("none")
+    channels_last: bool = added_later(False)
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -55,8 +66,10 @@ class Training:
         for name, low in (("lr", 0), ("batch_size", 0), ("epochs", 0)):
             if getattr(self, name) <= low:
                 raise UserError(f"training.{name}={getattr(self, name)} must be positive")
-        if self.prior_precision < 0 or self.polish < 0 or not 0 <= self.momentum < 1:
-            raise UserError("training: prior_precision and polish must not be negative, momentum in [0, 1)")
+        if min(self.prior_precision, self.polish, self.patience) < 0 or not 0 <= self.momentum < 1:
+            raise UserError("training: prior_precision, polish and patience must not be negative, momentum in [0, 1)")
+        choices(self.augment, "training.augment", AUGMENTATIONS)
+        choices(self.autocast, "training.autocast", ("none", "bf16"))
         choices(self.objective, "training.objective", OBJECTIVES)
         check_groups(self.objective, self.groups, "training")
         if not 0 < self.group_step < math.inf:
@@ -91,6 +104,7 @@ def train(
     recipe: Training,
     seed: int,
     *,
+    tune: Part | None = None,
     init: Trained | None = None,
     init_seed: int | None = None,
     patient: Tensor | None = None,
@@ -105,11 +119,13 @@ def train(
 ) -> Trained:
     """Train one network by the recipe; every random choice follows from `seed` (and `init_seed`, `resample_seed`).
 
-    patient: of every sample; grouping: gives every sample's group for `recipe.groups`, both as for `data` before a
-    resample, which takes them along. Checkpoints hold whole epochs, so that a killed training continues to the same
-    weights. Raises Diverged when the loss of an epoch is not finite, UserError for groups that the data do not have.
+    tune: what `recipe.patience` decides by, needed for it alone; patient: of every sample; grouping: gives every
+    sample's group for `recipe.groups`, both as for `data` before a resample, which takes them along. Checkpoints hold
+    whole epochs, so that a killed training continues to the same weights. Raises Diverged when the loss of an epoch is
+    not finite, UserError for groups that the data do not have.
     """
     recipe = replace(recipe, **changes)
+    best = patience(recipe, tune)
     checkpoint = checkpoint or Memory()
     device = data.images.device
     groups = _groups(recipe, grouping)
@@ -126,11 +142,15 @@ def train(
     batches = math.ceil(len(data) / recipe.batch_size)
     losses: list[float] = []
     epoch_s: list[float] = []
-    first = _restore(checkpoint.load(name), params, buffers, optimizer, objective, losses)
+    first, best = _restore(checkpoint.load(name), params, buffers, optimizer, objective, losses, best)
     saved = time.monotonic()
     for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
+        if best is not None and best.stopped:
+            break
         start = time.perf_counter()
         order = objective.order(seed, epoch).to(device)
+        moves = draw_changes(recipe.augment, seed, epoch, len(data), network.size)
+        moves = moves if moves is None else moves.to(device)
         total = torch.zeros((), device=device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
             if skipped(len(rows), recipe, len(data)):
@@ -138,7 +158,8 @@ def train(
             step = epoch * batches + i
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr if constant_lr else learning_rate(recipe, step, recipe.epochs * batches)
-            loss = objective(network(params, buffers, data.images[rows], train=True), data.labels[rows], rows)
+            images = data.images[rows] if moves is None else changed(data.images[rows], moves[rows])
+            loss = objective(training_logits(network, recipe, params, buffers, images), data.labels[rows], rows)
             total += loss.detach() * len(rows)
             penalised = loss + l2(params, recipe.prior_precision, len(data))
             optimizer.zero_grad()
@@ -152,14 +173,39 @@ def train(
             raise Diverged(
                 f"{name}: the loss of epoch {epoch + 1} is not finite (training.lr={recipe.lr:g} too large?)"
             )
+        if best is not None and tune is not None:
+            now = Trained(params, buffers)
+            best.see(loss_on(network, now, tune), now)
         # A callback keeps state that no checkpoint of ours holds: such a training starts again from its beginning.
         if on_step is None and time.monotonic() - saved > CHECKPOINT_EVERY_S:
-            checkpoint.save(name, _state(params, buffers, optimizer, objective, losses))
+            checkpoint.save(name, _state(params, buffers, optimizer, objective, losses, best))
             saved = time.monotonic()
+    if best is not None:
+        params, buffers = best.weights()
+        params = {n: p.requires_grad_() for n, p in params.items()}
     if recipe.polish:
         _polish(network, data, recipe, params, buffers)
     weights = {n: p.detach() for n, p in params.items()}
     return Trained(weights, {n: b.detach() for n, b in buffers.items()}, losses, epoch_s)
+
+
+def patience(recipe: Training, tune: Part | None) -> BestEpoch | None:
+    """Return what watches over one training, None where the recipe always takes all of its epochs."""
+    if recipe.patience and tune is None:
+        raise UserError(f"training.patience={recipe.patience}: there is no part tune here to stop early by: use 0")
+    return BestEpoch(recipe.patience) if recipe.patience else None
+
+
+def training_logits(
+    network: Network, recipe: Training, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor
+) -> Tensor:
+    """Return the logits that training sees, in the recipe's numerics: BatchNorm by the batch, moving `buffers`."""
+    dtype = next(iter(params.values())).dtype
+    if recipe.channels_last:
+        params = {n: p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p for n, p in params.items()}
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.autocast == "bf16"):
+        logits = network(params, buffers, images, train=True)
+    return logits.to(dtype)
 
 
 def _groups(recipe: Training, grouping: Callable[[str], Tensor] | None) -> Tensor | None:
@@ -274,10 +320,12 @@ def _state(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     losses: list[float],
+    best: BestEpoch | None,
 ) -> dict[str, Tensor]:
     """Return everything that the rest of a training depends on, as tensors."""
-    of_objective = {f"objective/{n}": value for n, value in objective.state.items()}
-    return state_of(params, buffers, optimizer) | of_objective | {"losses": torch.tensor(losses, dtype=torch.float64)}
+    more = {f"objective/{n}": value for n, value in objective.state.items()}
+    more |= {} if best is None else {f"best/{n}": value for n, value in best.state().items()}
+    return state_of(params, buffers, optimizer) | more | {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _restore(
@@ -287,12 +335,15 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     losses: list[float],
-) -> int:
-    """Put a checkpoint back in place and return the epoch to go on with."""
+    best: BestEpoch | None,
+) -> tuple[int, BestEpoch | None]:
+    """Put a checkpoint back in place and return the epoch to go on with, and the best one so far."""
     if state is None:
-        return 0
+        return 0, best
     restore_state(state, params, buffers, optimizer)
     for n, before in objective.state.items():
         objective.state[n] = state[f"objective/{n}"].to(before.device)
     losses.extend(state["losses"].tolist())
-    return len(losses)
+    if best is not None:
+        best = BestEpoch.restored(best.patience, under("best/", state))
+    return len(losses), best

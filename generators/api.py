@@ -79,14 +79,26 @@ class Plan:
     init: Trained | None = None
 
 
+WAYS = ("vmap", "each")
+"""Ways to the gradients of several networks: one pass over stacked weights, or one pass for each."""
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """How many networks to train at once (1: one by one, by `Fit`), and which of `WAYS`."""
+
+    members: int
+    way: str = WAYS[0]
+
+
 class FitTogether(Protocol):
     """The one training recipe for several networks at once, equal to `Fit` for each to rounding."""
 
-    def at_once(self, members: int) -> int:
-        """Return how many of `members` networks are trained at once: 1 where one by one is faster."""
+    def at_once(self, members: int) -> AtOnce:
+        """Return how many of `members` networks to train at once, and in which way: what is fastest here."""
         ...
 
-    def __call__(self, plans: Sequence[Plan], *, name: str = "training") -> list[Trained | Diverged]:
+    def __call__(self, plans: Sequence[Plan], *, way: str = "vmap", name: str = "training") -> list[Trained | Diverged]:
         """Train a network for each plan; one whose loss stops being finite is Diverged, the others go on."""
         ...
 

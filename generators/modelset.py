@@ -25,6 +25,11 @@ Leaves = dict[str, Tensor]
 FILE = "set.safetensors"
 
 
+def under(group: str, leaves: Mapping[str, Tensor]) -> Leaves:
+    """Return the leaves whose names begin with `group`, by the rest of their names."""
+    return {n.removeprefix(group): leaf for n, leaf in leaves.items() if n.startswith(group)}
+
+
 def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> Leaves:
     """Return a flat vector [param] as leaves with the names, the order and the shapes of `like`."""
     parts = flat.split([leaf.numel() for leaf in like.values()])
@@ -273,10 +278,7 @@ class LinearisedSet(StackedSet):
     @classmethod
     def restore(cls, tensors: Leaves, settings: dict[str, Any], **common: Any) -> LinearisedSet:
         """Rebuild the set from its stacked leaves and w*."""
-        of = lambda group: {  # noqa: E731
-            n.removeprefix(group): leaf for n, leaf in tensors.items() if n.startswith(group)
-        }
-        return cls(params=of("params."), origin=of("origin."), **common)
+        return cls(params=under("params.", tensors), origin=under("origin.", tensors), **common)
 
 
 def stack(members: list[tuple[Leaves, Leaves]], **about: Any) -> StackedSet:
@@ -335,7 +337,7 @@ class GaussianSet(ModelSet):
     def restore(cls, tensors: Leaves, settings: dict[str, Any], **common: Any) -> GaussianSet:
         """Rebuild the set from mean, factors and seed."""
         mean = {n.split(".", 2)[2]: leaf for n, leaf in sorted(tensors.items()) if n.startswith("mean.")}
-        factors = {n.removeprefix("factor."): leaf for n, leaf in tensors.items() if n.startswith("factor.")}
+        factors = under("factor.", tensors)
         return cls(mean=mean, factors=factors, seed=int(settings["seed"]), scale=settings["scale"], **common)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import Diverged, UserError
 from ..identity import added_later, derive_seed
-from .api import Generator, Plan, Problem, Trained, choices, register_generator
+from .api import WAYS, AtOnce, Generator, Plan, Problem, Trained, choices, register_generator
 from .modelset import ModelSet, stack
 
 FAILED = "failed"
@@ -62,11 +62,12 @@ class Retrain(Generator):
 
         One whose loss stops being finite has failed, the others go on. Raises Diverged where all have.
         """
-        size = self._at_once(problem)
+        how = self._at_once(problem)
+        size = how.members
         chunks = [range(i, min(i + size, problem.members)) for i in range(0, problem.members, size)]
         done: dict[int, dict[str, Tensor]] = {}
         for chunk in problem.progress(chunks, "retraining", len(chunks)):
-            done |= self._members(problem, seed, chunk)
+            done |= self._members(problem, seed, chunk, how.way)
         base = {f"param/{n}": p for n, p in problem.base.params.items()}
         base |= {f"buffer/{n}": b for n, b in problem.base.buffers.items()}
         failed = [k for k, leaves in done.items() if FAILED in leaves]
@@ -83,23 +84,24 @@ class Retrain(Generator):
             ]
         )
         members.failed = failed
-        members.diagnostics = {"trained_at_once": size} if size > 1 else {}
+        members.diagnostics = {"trained_at_once": size, "way": how.way} if size > 1 else {}
         members.notes = [f"{len(failed)} members diverged in training"] if failed else []
         return members
 
-    def _at_once(self, problem: Problem) -> int:
-        """Return how many members are trained at once; chosen once, so that a resumed set goes on in the same way."""
+    def _at_once(self, problem: Problem) -> AtOnce:
+        """Return how members are trained at once; chosen once, so that a resumed set goes on in the same way."""
         together = problem.fit_together
         if together is None or self.objective != "recipe":
-            return 1
+            return AtOnce(1)
         stored = problem.checkpoint.load("trained at once")
         if stored is None:
             with problem.clock.fixed():
-                stored = {"members": torch.tensor(together.at_once(problem.members))}
+                how = together.at_once(problem.members)
+            stored = {"members": torch.tensor(how.members), "way": torch.tensor(WAYS.index(how.way))}
             problem.checkpoint.save("trained at once", stored)
-        return int(stored["members"])
+        return AtOnce(int(stored["members"]), WAYS[int(stored["way"])])
 
-    def _members(self, problem: Problem, seed: int, chunk: range) -> dict[int, dict[str, Tensor]]:
+    def _members(self, problem: Problem, seed: int, chunk: range, way: str) -> dict[int, dict[str, Tensor]]:
         """Return the leaves of some members, trained where they are not stored; of a failed one, `FAILED`."""
         done = {k: stored for k in chunk if (stored := problem.checkpoint.load(f"member {k}")) is not None}
         if len(done) == len(chunk):
@@ -107,7 +109,7 @@ class Retrain(Generator):
         plans = [self._plan(problem, derive_seed(seed, "retrain", k)) for k in chunk]
         with problem.clock.marginal():
             if len(chunk) > 1 and problem.fit_together is not None:
-                trained = problem.fit_together(plans, name=f"retraining {chunk[0]} to {chunk[-1]}")
+                trained = problem.fit_together(plans, way=way, name=f"retraining {chunk[0]} to {chunk[-1]}")
             else:
                 trained = [self._alone(problem, plan, k) for k, plan in zip(chunk, plans, strict=True)]
         for k, found in zip(chunk, trained, strict=True):

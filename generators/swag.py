@@ -90,6 +90,7 @@ class SWAG(Generator):
             momentum=self.momentum,
             epochs=self.epochs,
             polish=0,
+            patience=0,
             constant_lr=True,
         )
         return moments

@@ -116,6 +116,39 @@ def test_a_diverging_run_ends_with_a_failed_record_and_exit_code_1(run_benchmark
     assert len(answer.out) == 2 and "failed" in answer.out[1] and "is not finite" in answer.out[1]
 
 
+@pytest.mark.parametrize("said", ["unspecified launch failure", "no CUDA-capable device is detected", "unknown error"])
+def test_a_gpu_that_disappears_is_one_line_and_no_record_and_the_same_command_goes_on(
+    said, run_benchmark, tiny, tmp_path, monkeypatch
+):
+    from multiplicity_bench.benchmark import stages
+
+    trained, plain = [], stages.train
+
+    def until_it_is_gone(*arguments, name="training", **more):
+        if name == "retraining 2" and len(trained) < 3:
+            raise torch.AcceleratorError(f"CUDA error: {said}\nCUDA kernel errors might be reported later")
+        if name.startswith("retraining"):
+            trained.append(name)
+        return plain(*arguments, name=name, **more)
+
+    monkeypatch.setattr(stages, "train", until_it_is_gone)
+    answer = run_benchmark("generator=retrain", *tiny(tmp_path))
+    (line,) = [line for line in answer.err if line.startswith("error: ")]
+    assert answer.code == 2 and f"the GPU stopped answering (CUDA error: {said}): what was finished is stored" in line
+    assert not list((tmp_path / "records").iterdir()) and trained == ["retraining 0", "retraining 1"]
+    trained.append("the device is back")
+    answer = run_benchmark("generator=retrain", *tiny(tmp_path))
+    assert records.read(Path(answer.out[0]))["status"] == "ok" and trained[3:] == ["retraining 2", "retraining 3"]
+
+
+def test_an_error_of_a_kernel_of_ours_is_no_lost_gpu():
+    from multiplicity_bench.benchmark.devices import is_lost
+
+    assert not is_lost(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert not is_lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_lost(ValueError("unknown error of CUDA"))
+
+
 def test_a_run_that_cannot_be_is_skipped_with_its_reason_and_exit_code_0(run_benchmark, tiny, tmp_path):
     answer = run_benchmark("generator=laplace", *tiny(tmp_path))
     record = records.read(Path(answer.out[0]))

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from multiplicity_bench.benchmark import ensemble
-from multiplicity_bench.benchmark.ensemble import Together, members_at_once, train_together, trains_together
+from multiplicity_bench.benchmark.ensemble import Stack, Together, train_together, trains_together, way_of_training
 from multiplicity_bench.benchmark.networks import Network
 from multiplicity_bench.benchmark.stages import Run, Session
 from multiplicity_bench.benchmark.toy import toy_problem
 from multiplicity_bench.benchmark.train import Training, train
 from multiplicity_bench.errors import Diverged
-from multiplicity_bench.generators.api import Memory, Part, Plan, Trained
+from multiplicity_bench.generators.api import WAYS, AtOnce, Memory, Part, Plan, Trained
 from multiplicity_bench.generators.contract import check_generator
 from multiplicity_bench.generators.retrain import Retrain
 
@@ -49,34 +49,69 @@ def plans(network: Network, count: int = 3, **changes) -> list[Plan]:
     return made
 
 
+def assert_same(found: Trained, alone: Trained) -> None:
+    """Weights and statistics to rounding in float64; the losses of an epoch are summed in float32."""
+    assert list(found.params) == list(alone.params)
+    for own, other in ((found.params, alone.params), (found.buffers, alone.buffers)):
+        for n, leaf in other.items():
+            torch.testing.assert_close(own[n], leaf, **ROUNDING)
+    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_members_are_those_of_the_loop(name, optimizer, data):
+def test_members_are_those_of_the_loop(name, optimizer, way, data):
     network = Network(NETWORKS[name], 1, 6, 2)
     recipe = replace(RECIPE, optimizer=optimizer)
-    together = train_together(network, data, recipe, plans(network))
+    together = train_together(network, data, recipe, plans(network), way=way)
     for plan, found in zip(plans(network), together, strict=True):
-        alone = train(network, data, recipe, plan.seed, init=plan.init)
-        assert list(found.params) == list(alone.params)
-        for own, other in ((found.params, alone.params), (found.buffers, alone.buffers)):
-            for n, leaf in other.items():
-                torch.testing.assert_close(own[n], leaf, **ROUNDING)
-        # the losses of an epoch are summed in float32
-        assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+        assert_same(found, train(network, data, recipe, plan.seed, init=plan.init))
     moved = together[0].params["body.1.weight" if name == "mlp" else "body.0.weight"]
     assert float((moved - plans(network)[0].init.params[next(iter(together[0].params))]).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("augment", ["none", "shift_flip"])
 @pytest.mark.parametrize("patient", [None, torch.arange(33) // 3], ids=["images", "patients"])
-def test_each_member_has_a_resample_of_its_own(patient, data):
-    network = Network(NETWORKS["batchnorm"], 1, 6, 2)
+def test_each_member_has_a_resample_and_an_augmentation_of_its_own(patient, augment, data):
+    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(RECIPE, augment=augment)
     some = [replace(plan, resample_seed=(None, 5, 6)[k]) for k, plan in enumerate(plans(network))]
-    for plan, found in zip(some, train_together(network, data, RECIPE, some, patient=patient), strict=True):
+    for plan, found in zip(some, train_together(network, data, recipe, some, patient=patient), strict=True):
         alone = train(
-            network, data, RECIPE, plan.seed, init=plan.init, resample_seed=plan.resample_seed, patient=patient
+            network, data, recipe, plan.seed, init=plan.init, resample_seed=plan.resample_seed, patient=patient
         )
-        for n, leaf in alone.params.items():
-            torch.testing.assert_close(found.params[n], leaf, **ROUNDING)
+        assert_same(found, alone)
+
+
+EARLY = replace(RECIPE, epochs=12, patience=2, lr=0.05)
+"""Three members whose last epochs are different ones."""
+
+
+def tune() -> Part:
+    """20 images without a class, on which every training soon gets worse."""
+    generator = torch.Generator().manual_seed(5)
+    return Part(torch.randint(0, 256, (20, 1, 6, 6), generator=generator).to(torch.uint8), torch.arange(20) % 2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_each_member_stops_early_on_its_own(optimizer, way, data, monkeypatch):
+    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(EARLY, optimizer=optimizer)
+    left, keep = [], Stack.keep
+
+    def counted(stack, rows):
+        left.append(len(rows))
+        keep(stack, rows)
+
+    monkeypatch.setattr(Stack, "keep", counted)
+    together = train_together(network, data, recipe, plans(network, 4), way=way, tune=tune())
+    lengths = []
+    for plan, found in zip(plans(network, 4), together, strict=True):
+        alone = train(network, data, recipe, plan.seed, init=plan.init, tune=tune())
+        assert_same(found, alone)
+        lengths.append(len(alone.losses))
+    assert len(set(lengths)) > 1 and min(lengths) < recipe.epochs
+    assert left and left[0] <= 2, "members that have stopped cost nothing any more"
 
 
 def test_fresh_weights_are_drawn_by_the_seeds(data):
@@ -113,18 +148,20 @@ def test_a_member_that_diverges_is_said_and_leaves_the_others_alone(data):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_training_that_was_killed_goes_on_to_the_same_weights(optimizer, data, monkeypatch):
-    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(RECIPE, optimizer=optimizer)
-    whole = train_together(network, data, recipe, plans(network))
+@pytest.mark.parametrize("base", [RECIPE, EARLY], ids=["all epochs", "early stop"])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(base, optimizer, data, monkeypatch):
+    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(base, optimizer=optimizer)
+    whole = train_together(network, data, recipe, plans(network), tune=tune())
+    longest = max(len(found.losses) for found in whole)
     monkeypatch.setattr(ensemble, "CHECKPOINT_EVERY_S", -1.0)
     memory = Memory()
 
     def killed(epochs, description, total):
-        yield from list(epochs)[:2]
+        yield from list(epochs)[: longest - 1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_together(network, data, recipe, plans(network), checkpoint=memory, progress=killed)
+        train_together(network, data, recipe, plans(network), tune=tune(), checkpoint=memory, progress=killed)
     seen = []
 
     def counted(epochs, description, total):
@@ -132,8 +169,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(optimizer, data,
             seen.append(epoch)
             yield epoch
 
-    again = train_together(network, data, recipe, plans(network), checkpoint=memory, progress=counted)
-    assert seen == [2]
+    again = train_together(network, data, recipe, plans(network), tune=tune(), checkpoint=memory, progress=counted)
+    assert seen[0] == longest - 1
     for a, b in zip(whole, again, strict=True):
         assert all(torch.equal(leaf, b.params[n]) for n, leaf in a.params.items()) and a.losses == b.losses
 
@@ -152,11 +189,11 @@ class Three:
         self.calls = []
 
     def at_once(self, members):
-        return 3
+        return AtOnce(3, "each")
 
-    def __call__(self, plans, *, name="training"):
-        self.calls.append(name)
-        return self.together(plans, name=name)
+    def __call__(self, plans, *, way="vmap", name="training"):
+        self.calls.append((name, way))
+        return self.together(plans, way=way, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +206,8 @@ def stacked():
 def test_retrain_trains_at_once_what_the_device_makes_faster(stacked):
     problem, plain = stacked
     found, alone = Retrain().generate(problem, 2), Retrain().generate(replace(plain, checkpoint=Memory()), 2)
-    assert problem.fit_together.calls == ["retraining 0 to 2", "retraining 3 to 4"]
-    assert found.diagnostics == {"trained_at_once": 3} and alone.diagnostics == {}
+    assert problem.fit_together.calls == [("retraining 0 to 2", "each"), ("retraining 3 to 4", "each")]
+    assert found.diagnostics == {"trained_at_once": 3, "way": "each"} and alone.diagnostics == {}
     for n, leaf in alone.params.items():
         torch.testing.assert_close(found.params[n], leaf, rtol=0, atol=0.02)  # 8 epochs of float32
 
@@ -202,12 +239,48 @@ def test_a_cpu_trains_one_by_one(make_spec, tmp_path):
     assert Run(make_spec(tmp_path, "generator=retrain"), Session()).problem().fit_together is None
 
 
-@pytest.mark.parametrize(("together_s", "size"), [(0.9, 4), (1.1, 1)])
-def test_what_is_faster_is_chosen_by_the_second_epoch_of_each(together_s, size, data, monkeypatch):
-    def timed(network, data, recipe, plans):
-        assert recipe.epochs == 2 and len(data) == 32
-        seconds = together_s if len(plans) > 1 else 1.0
-        return [Trained({}, {}, [0.0, 0.0], [99.0 / seconds, seconds]) for _ in plans]
+def timed(seconds: dict[str, float]):
+    """Return stand-ins for training at once and alone whose second epoch takes these seconds; an error is raised."""
 
-    monkeypatch.setattr(ensemble, "train_together", timed)
-    assert members_at_once(Network(NETWORKS["mlp"], 1, 6, 2), data, RECIPE, 4) == size
+    def together(network, data, recipe, plans, *, way):
+        assert (recipe.epochs, recipe.patience, len(data)) == (2, 0, 32)
+        found = seconds[way] if not callable(seconds[way]) else seconds[way](len(plans))
+        return [Trained({}, {}, [0.0, 0.0], [99.0, found]) for _ in plans]
+
+    def alone(network, data, recipe, seed):
+        assert (recipe.epochs, recipe.patience, len(data)) == (2, 0, 32)
+        return Trained({}, {}, [0.0, 0.0], [0.01, seconds["alone"]])
+
+    return together, alone
+
+
+def no_memory(limit: int):
+    def seconds(members):
+        if members > limit:
+            raise torch.OutOfMemoryError("injected")
+        return 0.5
+
+    return seconds
+
+
+def no_graph(members):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"alone": 1.0, "vmap": 0.9, "each": 1.1}, AtOnce(4, "vmap")),
+        ({"alone": 1.0, "vmap": 0.9, "each": 0.8}, AtOnce(4, "each")),
+        ({"alone": 1.0, "vmap": 1.1, "each": 1.1}, AtOnce(1)),
+        ({"alone": 1.0, "vmap": no_memory(2), "each": no_memory(0)}, AtOnce(2, "vmap")),
+        ({"alone": 1.0, "vmap": no_graph, "each": 0.9}, AtOnce(4, "each")),
+    ],
+    ids=["vmap", "each", "alone", "memory", "graph"],
+)
+def test_what_is_fastest_in_its_second_epoch_is_chosen(seconds, chosen, data, monkeypatch):
+    together, alone = timed(seconds)
+    monkeypatch.setattr(ensemble, "train_together", together)
+    monkeypatch.setattr(ensemble, "train", alone)
+    recipe = replace(RECIPE, patience=3)
+    assert way_of_training(Network(NETWORKS["mlp"], 1, 6, 2), data, recipe, 4) == chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from multiplicity_bench.benchmark import predict as predict_module
 from multiplicity_bench.benchmark.networks import Network
 from multiplicity_bench.benchmark.predict import base_block, block_size, choose_strategy, predict, predict_block
 from multiplicity_bench.generators.api import Trained
-from multiplicity_bench.generators.modelset import DiagonalSet, ModelSet, OutputSet, StackedSet, stack
+from multiplicity_bench.generators.modelset import DiagonalSet, LinearisedSet, ModelSet, OutputSet, StackedSet, stack
 
 NETWORKS = {
     "mlp": {"name": "mlp", "width": 8},
@@ -63,6 +65,39 @@ def test_loop_and_vmap_agree_with_a_float64_pass(name, kind):
         assert logits.shape == (5, 30, 3) and logits.dtype == np.float32
         # float32 carries 1e-7 relative; a dozen layers of sums over at most 144 terms lose two digits
         np.testing.assert_allclose(logits, reference, atol=1e-4)
+
+
+class Replayed:
+    """What a captured function does for whoever calls it: the first function for good, one result for all calls."""
+
+    made: ClassVar[list[tuple[int, ...]]] = []
+
+    def __init__(self, function):
+        self.function, self.output = function, None
+
+    def __call__(self, *inputs):
+        found = self.function(*inputs)
+        if self.output is None:
+            self.output = found.clone()
+            self.made.append(tuple(inputs[0].shape))
+        return self.output.copy_(found)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "linearised"])
+def test_a_captured_pass_is_replayed_for_every_member_and_block(kind, monkeypatch):
+    network = Network(NETWORKS["BatchNorm"], 1, 12, 3)
+    if kind == "linearised":
+        drawn = make_set(network, "stacked")
+        about = {"shared_params": {}, "shared_buffers": {}, "stacked_buffers": drawn.stacked_buffers}
+        model_set: ModelSet = LinearisedSet(size=5, params=drawn.params, origin=network.init(9)[0], **about)
+    else:
+        model_set = make_set(network, kind)
+    whole = predict(network, model_set, images(), strategy="loop")
+    monkeypatch.setattr(predict_module, "Captured", Replayed)
+    monkeypatch.setattr(predict_module, "BLOCK_BYTES", 2 * model_set.bytes_per_member())
+    monkeypatch.setattr(Replayed, "made", [])
+    np.testing.assert_allclose(predict(network, model_set, images(), strategy="graph"), whole, atol=1e-5)
+    assert Replayed.made == ([(30, 1, 12, 12)] if model_set.block(0, 1).params else [])
 
 
 @pytest.mark.parametrize("strategy", ["loop", "vmap"])
@@ -149,7 +184,7 @@ def test_the_faster_strategy_is_chosen(monkeypatch):
     for slow, fast in (("loop", "vmap"), ("vmap", "loop")):
         cost = {slow: 2.0, fast: 1.0}
 
-        def timed(network, block, images, strategy="loop", batch=256, cost=cost):
+        def timed(network, block, images, strategy="loop", batch=256, graphs=None, cost=cost):
             clock[0] += cost[strategy]
             return torch.zeros(1)
 

@@ -117,11 +117,12 @@ class Killed(Exception):
 @pytest.mark.parametrize("spec", [GROUP, BATCH], ids=["GroupNorm", "BatchNorm"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("killed_before", [1, 3])
-def test_a_resumed_training_ends_in_the_same_bits(spec, optimizer, killed_before, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"patience": 3, "augment": "shift"}], ids=["plain", "early stop"])
+def test_a_resumed_training_ends_in_the_same_bits(spec, optimizer, killed_before, more, monkeypatch):
     monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_S", -1.0)
     data, network = problem(), Network(spec, 1, 8, 3)
-    recipe = Training(optimizer=optimizer, epochs=4, polish=2)
-    whole = train(network, data, recipe, 0)
+    recipe = Training(optimizer=optimizer, epochs=4, polish=2, **more)
+    whole = train(network, data, recipe, 0, tune=data)
     checkpoint, trained_epochs = Memory(), []
 
     def until(epochs, description, total=None):
@@ -136,8 +137,8 @@ def test_a_resumed_training_ends_in_the_same_bits(spec, optimizer, killed_before
             yield epoch
 
     with pytest.raises(Killed):
-        train(network, data, recipe, 0, checkpoint=checkpoint, progress=until)
-    resumed = train(network, data, recipe, 0, checkpoint=checkpoint, progress=count)
+        train(network, data, recipe, 0, tune=data, checkpoint=checkpoint, progress=until)
+    resumed = train(network, data, recipe, 0, tune=data, checkpoint=checkpoint, progress=count)
     assert trained_epochs == list(range(killed_before, 4))
     assert resumed.losses == whole.losses and len(whole.losses) == 4
     for name in whole.params:
@@ -315,3 +316,78 @@ def test_polishing_reaches_the_mode_of_a_convex_objective():
     other = train(network, data, recipe, 1, init=in_float64(network, 8), polish=200)
     for name in polished.params:
         assert torch.allclose(polished.params[name], other.params[name], atol=1e-3)
+
+
+class Epochs(Memory):
+    """A checkpoint that keeps the state after every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[dict[str, Tensor]] = []
+
+    def save(self, name, tensors) -> None:
+        super().save(name, tensors)
+        self.states.append({k: v.detach().clone() for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+def test_early_stopping_ends_where_the_loss_on_tune_was_least(patience, monkeypatch):
+    monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_S", -1.0)
+    data, network, epochs = problem(), Network(BATCH, 1, 8, 3), 16
+    generator = torch.Generator().manual_seed(1)
+    tune = Part(torch.randint(0, 256, (300, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(300) % 3)
+    whole = Epochs()
+    train(network, data, Training(epochs=epochs, lr=0.02), 3, checkpoint=whole)
+    losses = []
+    for state in whole.states:
+        module = network.module(
+            {n[6:]: t for n, t in state.items() if n.startswith("param/")},
+            {n[7:]: t for n, t in state.items() if n.startswith("buffer/")},
+        )
+        with torch.no_grad():
+            losses.append(float(nn.functional.cross_entropy(module(tune.images), tune.labels)))
+    last = next(e for e in range(epochs) if e - losses.index(min(losses[: e + 1])) == patience)
+    best = losses.index(min(losses[: last + 1]))
+    found = train(network, data, Training(epochs=epochs, lr=0.02, patience=patience), 3, tune=tune)
+    assert len(found.losses) == last + 1 < epochs
+    for name, leaf in found.params.items():
+        assert torch.equal(leaf, whole.states[best][f"param/{name}"])
+    for name, leaf in found.buffers.items():
+        assert torch.equal(leaf, whole.states[best][f"buffer/{name}"])
+
+
+def test_early_stopping_without_a_part_to_stop_by_says_so():
+    with pytest.raises(UserError, match=r"training\.patience=2: there is no part tune"):
+        train(Network(MLP, 1, 8, 3), problem(), Training(epochs=1, patience=2), 0)
+
+
+@pytest.mark.parametrize("field, value", [("augment", "rotate"), ("autocast", "fp8"), ("patience", -1)])
+def test_a_setting_that_is_none_is_refused(field, value):
+    with pytest.raises(UserError, match=field):
+        Training(**{field: value})
+
+
+def test_bf16_moves_the_result_by_its_rounding_and_keeps_weights_in_float32():
+    data, network = problem(), Network(GROUP, 1, 8, 3)
+    exact, rounded = (train(network, data, Training(epochs=1, autocast=kind), 0) for kind in ("none", "bf16"))
+    assert all(p.dtype == torch.float32 for p in rounded.params.values())
+    assert not torch.equal(exact.params["body.0.weight"], rounded.params["body.0.weight"])
+    # the first losses come from the same weights: bf16 carries 3 digits
+    assert rounded.losses[0] == pytest.approx(exact.losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("spec", [GROUP, BATCH], ids=["GroupNorm", "BatchNorm"])
+def test_another_layout_of_images_and_weights_trains_the_same_network(spec):
+    data, network = problem(), Network(spec, 1, 8, 3)
+    plain, turned = (
+        train(network, data, Training(epochs=3, channels_last=on), 0, init=in_float64(network)) for on in (False, True)
+    )
+    for name, leaf in plain.params.items():
+        torch.testing.assert_close(turned.params[name], leaf, rtol=1e-8, atol=1e-9)
+
+
+def test_settings_that_came_later_leave_an_identity_as_it_was():
+    from multiplicity_bench.identity import plain
+
+    assert not {"augment", "patience", "autocast", "channels_last"} & set(plain(Training()))
+    assert plain(Training(patience=3, autocast="bf16"))["patience"] == 3
