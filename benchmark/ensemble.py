@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,7 +173,9 @@ class Stack:
     def _begin(self, params: Leaves) -> None:
         self.params = {n: p.detach().requires_grad_() for n, p in params.items()}
         self.optimizer = make_optimizer(self.recipe, self.params.values())
-        self.gradients: Gradients = {"vmap": self._by_vmap, "each": self._by_each}[self.way]
+        way = {"vmap": _by_vmap, "each": _by_each}[self.way]
+        # No method of this object: a graph that holds it would keep a device's memory until the next collection.
+        self.gradients: Gradients = partial(way, self.network, self.recipe, self.samples, self.params, self.buffers)
         self.whole_batch: Gradients = self.gradients
         if next(iter(self.params.values())).is_cuda:
             self.whole_batch = Captured(self.gradients, moved=self.buffers.values())
@@ -204,29 +207,32 @@ class Stack:
         params, buffers = ({n: leaf[row].detach() for n, leaf in o.items()} for o in (self.params, self.buffers))
         return Trained(params, buffers)
 
-    def _by_vmap(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        recipe = replace(self.recipe, channels_last=False)  # stacked weights have no such layout
 
-        def one(params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor) -> Tensor:
-            return mean_loss(training_logits(self.network, recipe, params, buffers, images), labels)
+def _by_vmap(
+    network: Network, recipe: Training, samples: int, params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    recipe = replace(recipe, channels_last=False)  # stacked weights have no such layout
 
-        losses = torch.func.vmap(one, randomness="different")(self.params, self.buffers, images, labels)
-        return losses.detach(), self._derive(losses.sum(), self.params)
+    def one(params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor) -> Tensor:
+        return mean_loss(training_logits(network, recipe, params, buffers, images), labels)
 
-    def _by_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        losses, gradients = [], []
-        for row in range(len(self.members)):
-            now = self.member(row)
-            params = {n: p.requires_grad_() for n, p in now.params.items()}
-            logits = training_logits(self.network, self.recipe, params, now.buffers, images[row])
-            loss = mean_loss(logits, labels[row])
-            losses.append(loss.detach())
-            gradients.append(self._derive(loss, params))
-        return torch.stack(losses), [torch.stack(leaf) for leaf in zip(*gradients, strict=True)]
+    losses = torch.func.vmap(one, randomness="different")(params, buffers, images, labels)
+    penalised = losses.sum() + l2(params, recipe.prior_precision, samples)
+    return losses.detach(), list(torch.autograd.grad(penalised, list(params.values())))
 
-    def _derive(self, loss: Tensor, params: Leaves) -> list[Tensor]:
-        penalised = loss + l2(params, self.recipe.prior_precision, self.samples)
-        return list(torch.autograd.grad(penalised, list(params.values())))
+
+def _by_each(
+    network: Network, recipe: Training, samples: int, params: Leaves, buffers: Leaves, images: Tensor, labels: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    losses, gradients = [], []
+    for row in range(len(images)):
+        own = {n: p[row].detach().requires_grad_() for n, p in params.items()}
+        logits = training_logits(network, recipe, own, {n: b[row] for n, b in buffers.items()}, images[row])
+        loss = mean_loss(logits, labels[row])
+        losses.append(loss.detach())
+        penalised = loss + l2(own, recipe.prior_precision, samples)
+        gradients.append(torch.autograd.grad(penalised, list(own.values())))
+    return torch.stack(losses), [torch.stack(leaf) for leaf in zip(*gradients, strict=True)]
 
 
 @dataclass

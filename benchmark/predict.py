@@ -47,7 +47,8 @@ def predict_block(
     Out of memory halves the batch and goes on. graphs: what `graph` has captured for other blocks of the same set.
     """
     captured = {} if graphs is None else graphs
-    run = {"loop": _loop, "vmap": _vmap, "graph": partial(_graph, graphs=captured)}[strategy]
+    ways: dict[str, Callable[..., Tensor]] = {"loop": _loop, "vmap": _vmap, "graph": partial(_graph, graphs=captured)}
+    run = ways[strategy]
     try:
         with torch.no_grad():
             return torch.cat([run(network, block, part) for part in images.split(batch)], dim=1)

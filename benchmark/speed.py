@@ -23,42 +23,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..datasets.api import default_data_root
 from ..datasets.decoding import decode_films
 from ..datasets.films import Films, Rendering
 from ..datasets.phantom_cxr import PhantomCXR
 from ..datasets.stored import StoredImages
-from ..generators.api import WAYS, AtOnce, Part, Plan
-from ..generators.modelset import DiagonalSet
+from ..generators.api import WAYS, Part
 from ..leaderboard.science import Evidence, parts
 from ..metrics.api import Predictions, Settings
 from ..metrics.decisions import disagreement, votes
 from ..metrics.evaluation import evaluate
 from ..metrics.strata import fit_clusters
 from ..metrics.uncertainty import AT_K
-from .ensemble import AT_ONCE, Together
+from .ensemble import AT_ONCE
 from .memory import PeakMemory
 from .networks import Network
 from .predict import predict
 from .provenance import device_name
+from .speed_baselines import Retraining, diagonal_set, phantom_part, plain_prediction, plain_training, plain_trainings
 from .store import Store
 from .streaming import FilmStore, Host, StreamedImages
-from .timing import as_row, timed
+from .timing import compare, timed
 from .train import Training, train
 
 HERE = Path(__file__).parent
-REPEATS = 5
 
 
 def main(names: list[str]) -> None:
     """Measure the named rows and figures (none: all), on the CPU and on a GPU where there is one; write both files."""
-    from . import speed_views
+    from . import speed_growth, speed_views
 
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     measures, figures = all_measures()
-    on_devices = (*MEASURES, *speed_views.MEASURES)
+    on_devices = (*MEASURES, *speed_views.MEASURES, *speed_growth.MEASURES)
     known = {f.__name__ for f in (*measures, *figures)}
     if unknown := sorted(set(names) - known):
         raise SystemExit(f"{unknown[0]} is no row or figure: {', '.join(sorted(known))}")
@@ -66,9 +65,11 @@ def main(names: list[str]) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for measure in measures:
         if (name := measure.__name__) in chosen:
-            results[name] = [measure(device) for device in devices] if measure in on_devices else [measure()]
+            found = [measure(device) for device in devices] if measure in on_devices else [measure()]
+            results[name] = [row for rows in found for row in (rows if isinstance(rows, list) else [rows])]
             for row in results[name]:
-                print(f"{name:<28} {row['device']:<5} {row['ratio']:.2f} x", file=sys.stderr)
+                what = f"{name} {row.get('size', '')}"
+                print(f"{what:<36} {row['device']:<5} {row['ratio']:.2f} x", file=sys.stderr)
     here = device_name(devices[0])
     measured = dict(f() for f in figures if f.__name__ in chosen)
     values = {what: value if value == "not measured" else f"{value} ({here})" for what, value in measured.items()}
@@ -77,67 +78,43 @@ def main(names: list[str]) -> None:
     kept: list[dict[str, Any]] = []
     if names:  # what was not measured now stays
         kept = [r for r in json.loads((HERE / "speed.json").read_text(encoding="utf-8")) if r["name"] not in results]
-        values = _figures((HERE / "SPEED.md").read_text(encoding="utf-8")) | values
+        values = figures_of((HERE / "SPEED.md").read_text(encoding="utf-8")) | values
     order = [f.__name__ for f in measures]
     rows = [row for row in (*kept, *(row for found in results.values() for row in found)) if row["name"] in order]
-    rows.sort(key=lambda row: (row["device"], order.index(row["name"])))
+    rows.sort(key=lambda row: (row["device"], order.index(row["name"]), row.get("size", 0)))
     (HERE / "speed.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (HERE / "SPEED.md").write_text(render(rows, values), encoding="utf-8")
     print(f"{HERE / 'SPEED.md'}")
 
 
-def all_measures() -> tuple[list[Callable[..., dict[str, Any]]], list[Callable[[], tuple[str, str]]]]:
-    """Return the functions that measure rows, and those that measure figures."""
-    from . import speed_curvature, speed_geodesics, speed_views
+def all_measures() -> tuple[list[Callable[..., Any]], list[Callable[[], tuple[str, str]]]]:
+    """Return the functions that measure a row, or several of growing size, and those that measure figures."""
+    from . import speed_curvature, speed_geodesics, speed_growth, speed_views
 
     figures = [phantom_rate, memory_of_1000_members, science_200x20000, strata_20000x512]
-    figures += [*speed_views.FIGURES, *speed_curvature.FIGURES, *speed_geodesics.FIGURES]
-    measures: list[Callable[..., dict[str, Any]]] = [
+    figures += [*speed_views.FIGURES, *speed_curvature.FIGURES, *speed_geodesics.FIGURES, *speed_growth.FIGURES]
+    measures: list[Callable[..., Any]] = [
         *MEASURES,
         *DECODING,
         *speed_views.MEASURES,
         *speed_curvature.MEASURES,
         *speed_geodesics.MEASURES,
+        *speed_growth.MEASURES,
+        *speed_growth.ON_CPU,
     ]
     return measures, figures
 
 
-def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
-    """Time two ways to do the same work, alternately, and return a row of speed.json."""
-    seconds: dict[Callable[[], Any], list[float]] = {ours: [], baseline: []}
-    for repeat in range(REPEATS + 1):
-        for way, times in seconds.items():
-            took = timed(way, device)
-            if repeat:
-                times.append(took)
-    return as_row(name, seconds[ours], seconds[baseline], device)
-
-
 def train_smallcnn(device: torch.device) -> dict[str, Any]:
     """Time two epochs of the recipe on 546 images against a plain PyTorch loop with the same batches and optimiser."""
-    data = _images(546, device)
+    data = phantom_part(546, device)
     network, recipe = Network({"name": "smallcnn"}, 1, 28, 2), Training(epochs=2)
     return compare(
         "train_smallcnn",
         device,
         lambda: train(network, data, recipe, 0),
-        lambda: _plain_training(network, data, recipe, device),
+        lambda: plain_training(network, data, recipe),
     )
-
-
-def _plain_training(network: Network, data: Part, recipe: Training, device: torch.device) -> None:
-    module = network.module(*network.init(0)).to(device).train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=0.0)
-    steps = recipe.epochs * -(-len(data) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(recipe.epochs):
-        for rows in torch.randperm(len(data)).to(device).split(recipe.batch_size):
-            loss = nn.functional.cross_entropy(module(data.images[rows]), data.labels[rows])
-            loss = loss + recipe.prior_precision / (2 * len(data)) * sum(p.square().sum() for p in module.parameters())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
 
 
 def train_ensemble_smallcnn(device: torch.device) -> dict[str, Any]:
@@ -154,47 +131,29 @@ def train_ensemble_resnet18(device: torch.device) -> dict[str, Any]:
 
 
 def _ensemble(name: str, network: dict[str, Any], images: int, on_a_cpu: int, device: torch.device) -> dict[str, Any]:
-    data, function, recipe = _images(images, device), Network(network, 1, 28, 2), Training(epochs=1)
+    data, function, recipe = phantom_part(images, device), Network(network, 1, 28, 2), Training(epochs=1)
     members = AT_ONCE if device.type == "cuda" else on_a_cpu
-    plans, together = [Plan(seed=k) for k in range(members)], Together(function, data, recipe)
-
-    def one_by_one() -> None:
-        for plan in plans:
-            train(function, data, recipe, plan.seed)
-
-    def at_once(way: str) -> None:
-        together(plans, way=way)
-
-    def plain() -> None:
-        for _ in plans:
-            _plain_training(function, data, recipe, device)
-
-    chosen = together.at_once(members) if device.type == "cuda" else AtOnce(1)
-    row = compare(name, device, one_by_one if chosen.members == 1 else partial(at_once, chosen.way), plain)
-    told = f"on the {device.type} " + ("one by one" if chosen.members == 1 else f"all at once by {chosen.way}")
+    ours = Retraining(function, data, recipe, members)
+    row = compare(name, device, ours, partial(plain_trainings, function, data, recipe, members))
+    told = f"on the {device.type} " + ("one by one" if ours.how.members == 1 else f"all at once by {ours.how.way}")
     for way in WAYS:
-        at_once(way)
-        share = timed(partial(at_once, way), device) / row["baseline_s"]
-        told += f"; all at once by {way} takes {share:.2f} x the loops"
+        at_once = partial(ours.together, ours.plans, way=way)
+        at_once()
+        told += f"; all at once by {way} takes {timed(at_once, device) / row['baseline_s']:.2f} x the loops"
     return row | {"text": told}
 
 
 def predict_set_smallcnn(device: torch.device) -> dict[str, Any]:
     """Time the prediction of 50 sampled members on 500 images against the usual `vector_to_parameters` loop."""
-    data = _images(500, device)
+    data = phantom_part(500, device)
     network = Network({"name": "smallcnn"}, 1, 28, 2)
     members = diagonal_set(network, 50, device)
-    module = network.module(*(_on(leaves, device) for leaves in network.init(0)))
-    mean = torch.cat([leaf.reshape(-1) for leaf in members.mean.values()])
-
-    def loop() -> None:
-        logits = []
-        with torch.no_grad():
-            for k in range(members.size):
-                nn.utils.vector_to_parameters(mean + members.perturbation(k), module.parameters())
-                logits.append(torch.cat([module(batch) for batch in data.images.split(256)]).cpu())
-
-    return compare("predict_set_smallcnn", device, lambda: predict(network, members, data.images), loop)
+    return compare(
+        "predict_set_smallcnn",
+        device,
+        lambda: predict(network, members, data.images),
+        lambda: plain_prediction(network, members, data.images),
+    )
 
 
 def disagreement_1000x10000(device: torch.device) -> dict[str, Any]:
@@ -228,7 +187,7 @@ def memory_of_1000_members() -> tuple[str, str]:
     what grows with images in prediction is that array alone.
     """
     device = torch.device("cpu")
-    network, data = Network({"name": "smallcnn"}, 1, 28, 2), _images(200, device)
+    network, data = Network({"name": "smallcnn"}, 1, 28, 2), phantom_part(200, device)
     members = diagonal_set(network, 1000, device)
     logits = np.zeros((1000, 10_000, 2), np.float32)
     labels = np.tile(data.labels.numpy(), 50)
@@ -391,23 +350,7 @@ FIGURES_HEAD = "| figure | measured |"
 VIEWS = (("val", slice(0, 2000)), ("test", slice(2000, 10_000)))
 
 
-def _images(n: int, device: torch.device) -> Part:
-    split = PhantomCXR(train=n, val=50, test=50).load(None).splits["train"]
-    return Part(torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device))
-
-
-def _on(leaves: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {n: leaf.to(device) for n, leaf in leaves.items()}
-
-
-def diagonal_set(network: Network, members: int, device: torch.device) -> DiagonalSet:
-    """Return a set of random members of a network, near a random base."""
-    params, buffers = (_on(leaves, device) for leaves in network.init(0))
-    sd = torch.full((sum(p.numel() for p in params.values()),), 0.01, device=device)
-    return DiagonalSet(members, {}, buffers, mean=params, factors={"sd": sd})
-
-
-def _figures(text: str) -> dict[str, str]:
+def figures_of(text: str) -> dict[str, str]:
     """Return the figures of an earlier SPEED.md: they stand nowhere else."""
     table = text.partition(FIGURES_HEAD)[2].strip().splitlines()[1:]
     cells = [line.strip("| ").partition(" | ") for line in table]
@@ -419,17 +362,35 @@ def render(rows: list[dict[str, Any]], figures: dict[str, str]) -> str:
     lines = ["# What things cost", "", *(__doc__ or "").strip().splitlines()[2:], ""]
     lines += ["Rows may come from different machines: compare ratios, and seconds only on the same device."]
     lines += ["" if any(row["device"] == "cuda" for row in rows) else "GPU: not measured.\n"]
+    single, growing = ([row for row in rows if ("size" in row) is grows] for grows in (False, True))
+    names = {row["name"] for row in growing}
     lines += ["| what | device | ratio | ours, s | baseline, s | spread |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
-        lines.append(f"| {row['name']} | {row['device']}: {row['device_name']} | {cells} |")
-    texts = {row["name"]: f" Measured: {row['text']}." for row in rows if row.get("text")}
-    lines += [""]
+    lines += [f"| {row['name']} | {_cells(row)} |" for row in single]
+    texts = {row["name"]: f" Measured: {row['text']}." for row in single if row.get("text")}
+    measures = {f.__name__: " ".join((f.__doc__ or "").split()) for f in all_measures()[0]}
+    lines += ["", *(f"- `{name}`: {text}{texts.get(name, '')}" for name, text in measures.items() if name not in names)]
+    lines += ["", "## How costs grow", ""]
     lines += [
-        f"- `{f.__name__}`: {' '.join((f.__doc__ or '').split())}{texts.get(f.__name__, '')}" for f in all_measures()[0]
+        "| what | by | size | device | ratio | ours, s | baseline, s | spread |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += ["", FIGURES_HEAD, "|---|---|", *(f"| {what} | {value} |" for what, value in figures.items()), ""]
+    lines += [f"| {row['name']} | {row['by']} | {row['size']:,} | {_cells(row)} |" for row in growing]
+    lines += ["", *(f"- `{name}`: {text}" for name, text in measures.items() if name in names)]
+    lines += [
+        "",
+        "## Figures",
+        "",
+        FIGURES_HEAD,
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in figures.items()),
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> str:
+    measured = f"{row['ratio']:.2f} | {row['ours_s']:.3g} | {row['baseline_s']:.3g} | {row['spread']:.0%}"
+    return f"{row['device']}: {row['device_name']} | {measured}"
 
 
 if __name__ == "__main__":

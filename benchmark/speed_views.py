@@ -21,8 +21,9 @@ from ..metrics.evaluation import evaluate
 from .attacks import Attack, attack, choose_attack_strategy, predict_each
 from .board import spec_of
 from .networks import Network
+from .speed_baselines import diagonal_set
 from .stages import Run, Session
-from .timing import timed
+from .timing import compare, timed
 from .views import shifted
 
 MEMBERS, IMAGES = 20, 128
@@ -34,8 +35,6 @@ def pgd_smallcnn_20(device: torch.device) -> dict[str, Any]:
     Both start at random, take signed steps, project, and predict the attacked images; ours also keeps the strongest
     change of every case. The loop takes all 128 images at once.
     """
-    from .speed import compare, diagonal_set
-
     split = PhantomCXR(train=IMAGES, val=50, test=50).load(None).splits["train"]
     images, labels = (torch.from_numpy(a).to(device) for a in (split.images, split.labels))
     network = Network({"name": "smallcnn"}, 1, 28, 2)

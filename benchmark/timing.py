@@ -13,6 +13,7 @@ from .provenance import LIBRARIES, device_name, library_version
 from .store import synchronise
 
 CPU = torch.device("cpu")
+REPEATS = 5
 
 
 def timed(work: Callable[[], Any], device: torch.device = CPU) -> float:
@@ -37,3 +38,14 @@ def as_row(name: str, ours: list[float], baseline: list[float], device: torch.de
         "spread": (max(ours) - min(ours)) / a,
         "versions": {library: library_version(library) for library in LIBRARIES},
     }
+
+
+def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
+    """Time two ways to do the same work, alternately after a warm-up, and return a row of speed.json."""
+    seconds: dict[Callable[[], Any], list[float]] = {ours: [], baseline: []}
+    for repeat in range(REPEATS + 1):
+        for way, times in seconds.items():
+            took = timed(way, device)
+            if repeat:
+                times.append(took)
+    return as_row(name, seconds[ours], seconds[baseline], device)

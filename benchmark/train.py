@@ -202,7 +202,8 @@ def training_logits(
     """Return the logits that training sees, in the recipe's numerics: BatchNorm by the batch, moving `buffers`."""
     dtype = next(iter(params.values())).dtype
     if recipe.channels_last:
-        params = {n: p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p for n, p in params.items()}
+        # A copy, for a convolution of one channel already counts as laid out either way, and would pass on the other.
+        params = {n: p.clone(memory_format=torch.channels_last) if p.ndim == 4 else p for n, p in params.items()}
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.autocast == "bf16"):
         logits = network(params, buffers, images, train=True)
     return logits.to(dtype)

@@ -95,8 +95,9 @@ def tune() -> Part:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_each_member_stops_early_on_its_own(optimizer, way, data, monkeypatch):
-    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(EARLY, optimizer=optimizer)
+@pytest.mark.parametrize("norm", ["batchnorm", "groupnorm"])
+def test_each_member_stops_early_on_its_own(norm, optimizer, way, data, monkeypatch):
+    network, recipe = Network(NETWORKS[norm], 1, 6, 2), replace(EARLY, optimizer=optimizer)
     left, keep = [], Stack.keep
 
     def counted(stack, rows):
@@ -112,6 +113,19 @@ def test_each_member_stops_early_on_its_own(optimizer, way, data, monkeypatch):
         lengths.append(len(alone.losses))
     assert len(set(lengths)) > 1 and min(lengths) < recipe.epochs
     assert left and left[0] <= 2, "members that have stopped cost nothing any more"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("settings", [{"autocast": "bf16"}, {"channels_last": True}], ids=["bf16", "channels_last"])
+def test_numerics_of_the_recipe_are_those_of_every_member(settings, way, data):
+    network, recipe = Network(NETWORKS["batchnorm"], 1, 6, 2), replace(RECIPE, epochs=1, **settings)
+    found = train_together(network, data, recipe, [Plan(seed=k) for k in range(2)], way=way)
+    exact = train(network, data, replace(RECIPE, epochs=1), 1)
+    alone = train(network, data, recipe, 1)
+    assert torch.equal(alone.params["body.0.weight"], exact.params["body.0.weight"]) is False
+    # bf16 carries 3 digits; another layout adds in another order, which AdamW's first steps make larger
+    assert found[1].losses == pytest.approx(alone.losses, rel=0.02 if "autocast" in settings else 2e-3)
+    assert all(p.dtype == torch.float32 for p in found[1].params.values())
 
 
 def test_fresh_weights_are_drawn_by_the_seeds(data):
