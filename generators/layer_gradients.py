@@ -71,8 +71,7 @@ def seen_batches(problem: Problem, names: list[str], draws: int = 0) -> Iterator
     layers = layers_of(module, names)
     rows = draws or rows_per_image(problem)
     with _Tap(layers) as tap:
-        with torch.no_grad():
-            module(problem.train.images[:1])
+        tap.probe(module, problem.train.images[:1])
         size = max(1, min(IMAGES, NUMBERS // (rows * sum(output.numel() for output in tap.outputs.values()))))
         batches = list(zip(problem.train.images.split(size), problem.train.labels.split(size), strict=True))
         for number, (images, labels) in enumerate(problem.progress(batches, "fitting the curvature", len(batches))):
@@ -111,12 +110,17 @@ def input_patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
 
 @dataclass
 class _Tap:
-    """Hooks that keep inputs and outputs of some layers while it is entered."""
+    """Hooks that keep inputs and outputs of some layers while it is entered.
+
+    changed: layers whose outputs the network changes in place, so that what is kept has to be a copy.
+    """
 
     layers: dict[str, nn.Module]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    _versions: dict[str, int] = field(default_factory=dict)
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __enter__(self) -> _Tap:
@@ -127,6 +131,12 @@ class _Tap:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def probe(self, module: nn.Module, images: Tensor) -> None:
+        """Find out how large outputs are, and which of them are changed in place."""
+        with torch.no_grad():
+            module(images)
+        self.changed = {n for n, output in self.outputs.items() if output._version != self._versions[n]}
 
     def clear(self) -> None:
         """Forget the last batch."""
@@ -143,7 +153,7 @@ class _Tap:
         return {
             name: Seen(
                 self.inputs[name],
-                torch.stack([torch.zeros_like(outputs[i]) if of[i] is None else of[i] for of in found]).detach(),
+                _stacked([torch.zeros_like(outputs[i]) if of[i] is None else of[i] for of in found]).detach(),
             )
             for i, name in enumerate(names)
         }
@@ -153,12 +163,12 @@ class _Tap:
             self.calls[name] = self.calls.get(name, 0) + 1
             self.inputs[name] = inputs[0].detach()
             if not torch.is_grad_enabled():
-                self.outputs[name] = output
+                self.outputs[name], self._versions[name] = output, output._version
                 return output
             if not output.requires_grad:  # no weight before this layer asks for a gradient
                 output = output.requires_grad_()
             self.outputs[name] = output
-            return output.clone()  # what comes after may change its input in place
+            return output.clone() if name in self.changed else output
 
         return hook
 
@@ -178,6 +188,10 @@ def _drawn(logits: Tensor, labels: Tensor, task: str, draws: int, seed: int) -> 
     p = logits.softmax(-1)
     chosen = torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).to(logits.device)
     return (p[:, None] - one_hot(chosen, p.shape[-1])).mT / draws**0.5
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _over_positions(layer: nn.Module, values: Tensor) -> Tensor:

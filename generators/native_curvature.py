@@ -8,6 +8,7 @@ Immer, Turner, Schneider, Hennig, NeurIPS 2023): with inputs a and gradients g o
     expand   G_l = 1 / (N R) (sum a a') (x) (sum g g'),   sums over images and positions (Grosse, Martens 2016)
     reduce   G_l = 1 / N (sum a_ a_') (x) (sum g_ g_'),   a_ the mean and g_ the sum over positions
 
+The sum of a a' of a convolution of stride 1 comes from spectra of its inputs, without patches (`patch_moments`).
 Biases have the block of g (or g_) alone. Of norm layers the blocks of `weight` and of `bias` are exact: they are no
 larger than the number of channels.
 """
@@ -23,10 +24,14 @@ from torch import Tensor, nn
 from .api import Problem
 from .full_ggn import NULL, flat_weights, told_by
 from .layer_gradients import WEIGHTED, Seen, input_patches, layers_obstacle, layers_of, leaf_rows, seen_batches
+from .patch_moments import PatchMoments, spectrum_pays
 
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 FACTOR_LIMIT = 10_000
 """Rows of a Kronecker factor above which its eigenvectors take too long."""
+
+BLOCK = 256
+"""Rows of a symmetric matrix that are added up together, up to its diagonal."""
 
 PIECE = 2**21
 """Numbers (patches and rows of some images) that are worked on at once: more of them leave the cache of a CPU."""
@@ -95,9 +100,7 @@ def kronecker_factors(
     factors = {n: Factors(layers[n.rpartition(".")[0]], n.rpartition(".")[2], approximation) for n in names}
     for batch in seen_batches(problem, names, draws):
         for name, own in factors.items():
-            seen = batch[name.rpartition(".")[0]]
-            for piece in _pieces(own.layer, seen, seen.gradients[0, 0].numel()):
-                own.add(piece)
+            own.add(batch[name.rpartition(".")[0]])
     return factors
 
 
@@ -105,6 +108,7 @@ def kronecker_factors(
 class Factors:
     """Second moments over train for one leaf: of gradients (of rows, for a norm layer), and of inputs for a matrix.
 
+    inputs: with `expand`, what their second moment is made of, spectra where that takes fewer multiplications.
     vectors: with `reduce`, the mean inputs themselves, which may be fewer than a second moment has rows.
     """
 
@@ -112,39 +116,44 @@ class Factors:
     leaf: str
     approximation: str
     gradients: Tensor | None = None
-    inputs: Tensor | None = None
+    inputs: PatchMoments | _DirectMoments | None = None
     vectors: list[Tensor] = field(default_factory=list)
     positions: int = 1
 
     def add(self, seen: Seen) -> None:
-        """Add some images."""
-        if not isinstance(self.layer, WEIGHTED):
-            self._add_gradients(leaf_rows(self.layer, self.leaf, seen).flatten(0, 1))
-            return
-        gradients = self._by_position(seen.gradients)
-        self._add_gradients((gradients.sum(2) if self.approximation == "reduce" else gradients).flatten(0, -2))
-        if self.leaf == "bias":
-            return
-        inputs = self._patches(seen.inputs)
-        self.positions = inputs.shape[-1]
-        if self.approximation == "reduce":
-            self.vectors.append(inputs.mean(2))
-            return
-        flat = inputs.transpose(0, 1).flatten(1)
-        self.inputs = flat @ flat.T if self.inputs is None else self.inputs.addmm_(flat, flat.T)
+        """Add a batch."""
+        matrix = self.leaf == "weight" and isinstance(self.layer, WEIGHTED)
+        for piece in _pieces(self.layer, seen, seen.gradients[0, 0].numel()):
+            self._add_gradients(piece)
+            if matrix and self.approximation == "reduce":
+                self.vectors.append(_patches(self.layer, piece.inputs).mean(2))
+        if matrix and self.approximation == "expand":
+            self.positions = self._by_position(seen.gradients).shape[2]
+            if self.inputs is None:
+                self.inputs = _moments_of(self.layer, seen.inputs)
+            self.inputs.add(seen.inputs)
+
+    def matrices(self) -> list[Tensor]:
+        """Return the second moments summed over images: of gradients and, of a matrix with `expand`, of inputs.
+
+        That of gradients is the sum over positions, that of inputs the mean.
+        """
+        assert self.gradients is not None
+        return [self.gradients] + ([] if self.inputs is None else [self.inputs.matrix().div_(self.positions)])
 
     def eigenpairs(self, images: int) -> list[tuple[Tensor, Tensor]]:
         """Return eigenvalues and eigenvectors of the outputs' factor and, for a matrix, of the inputs'."""
-        assert self.gradients is not None
-        outputs = _eigenpairs(self.gradients)
-        if self.leaf == "bias" or not isinstance(self.layer, WEIGHTED):
-            return [outputs]
-        if self.approximation == "reduce":
-            return [outputs, _thin_eigenpairs(torch.cat(self.vectors) / images**0.5)]
-        assert self.inputs is not None
-        return [outputs, _eigenpairs(self.inputs / (images * self.positions))]
+        outputs, *inputs = self.matrices()
+        if self.vectors:
+            return [_eigenpairs(outputs), _thin_eigenpairs(torch.cat(self.vectors) / images**0.5)]
+        return [_eigenpairs(outputs), *(_eigenpairs(matrix.div_(images)) for matrix in inputs)]
 
-    def _add_gradients(self, rows: Tensor) -> None:
+    def _add_gradients(self, seen: Seen) -> None:
+        if isinstance(self.layer, WEIGHTED):
+            rows = self._by_position(seen.gradients)
+            rows = (rows.sum(2) if self.approximation == "reduce" else rows).flatten(0, -2)
+        else:
+            rows = leaf_rows(self.layer, self.leaf, seen).flatten(0, 1)
         self.gradients = rows.T @ rows if self.gradients is None else self.gradients.addmm_(rows.T, rows)
 
     def _by_position(self, gradients: Tensor) -> Tensor:
@@ -153,11 +162,40 @@ class Factors:
             return gradients.flatten(3).transpose(2, 3)
         return gradients.reshape(*gradients.shape[:2], -1, gradients.shape[-1])
 
-    def _patches(self, inputs: Tensor) -> Tensor:
-        """Return inputs as [sample, input, position]."""
-        if isinstance(self.layer, nn.Conv2d):
-            return input_patches(self.layer, inputs)
-        return inputs.reshape(len(inputs), -1, inputs.shape[-1]).transpose(1, 2)
+
+class _DirectMoments:
+    """`sum a a'` over images and positions, a what a layer's weights see; blocks above the diagonal are left out."""
+
+    def __init__(self, layer: nn.Module, inputs: Tensor):
+        self.layer, one = layer, _patches(layer, inputs[:1])
+        self.images = max(1, PIECE // one.numel())
+        self.lower = one.new_zeros(one.shape[1], one.shape[1])
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs [sample, ...]."""
+        for some in inputs.split(self.images):
+            vectors = _patches(self.layer, some).transpose(0, 1).flatten(1)
+            for start in range(0, len(vectors), BLOCK):
+                own, end = vectors[start : start + BLOCK], start + BLOCK
+                self.lower[start:end, :end].addmm_(own, vectors[:end].T)
+
+    def matrix(self) -> Tensor:
+        """Return what was added [input, input]."""
+        return self.lower.tril() + self.lower.tril(-1).T
+
+
+def _moments_of(layer: nn.Module, inputs: Tensor) -> PatchMoments | _DirectMoments:
+    """Return the empty second moments of a layer's inputs, to which inputs of this shape can be added."""
+    if isinstance(layer, nn.Conv2d) and spectrum_pays(layer, *inputs.shape[2:]):
+        return PatchMoments(layer, inputs)
+    return _DirectMoments(layer, inputs)
+
+
+def _patches(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weights of a layer see at every position, [sample, input, position]."""
+    if isinstance(layer, nn.Conv2d):
+        return input_patches(layer, inputs)
+    return inputs.reshape(len(inputs), -1, inputs.shape[-1]).transpose(1, 2)
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,13 @@ from multiplicity_bench.generators.api import Part, Trained
 from multiplicity_bench.generators.contract import check_generator
 from multiplicity_bench.generators.laplace import Laplace
 from multiplicity_bench.generators.modelset import KroneckerSet
-from multiplicity_bench.generators.native_curvature import fit_diagonal, fit_kronecker, native_obstacle
+from multiplicity_bench.generators.native_curvature import (
+    fit_diagonal,
+    fit_kronecker,
+    kronecker_factors,
+    native_obstacle,
+)
+from multiplicity_bench.generators.patch_moments import PatchMoments
 from multiplicity_bench.generators.posterior import (
     Options,
     fit_curvature,
@@ -187,6 +193,30 @@ def test_kfac_is_laplace_torchs_where_both_work(network, problems):
     library, own = fit_curvature(problem, "kron", names), fit_kronecker(problem, names)
     close(dense(own, problem, names), dense(library, problem, names))
     assert float(own["diagonal_mean"]) == pytest.approx(float(library["diagonal_mean"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_input_factors_from_spectra_are_those_from_patches(task, odd, with_labels, monkeypatch):
+    """In float64, with strides, dilation and few channels, which are left to patches, between other convolutions."""
+    problem = odd(
+        lambda: nn.Sequential(
+            *(Grey(), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3, padding=1), nn.Tanh()),
+            *(nn.Conv2d(3, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=2, dilation=2), nn.Tanh()),
+            *(nn.GroupNorm(1, 3), nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.LazyLinear(3)),
+        ).double()
+    )
+    problem = with_labels(problem) if task == "multilabel" else problem
+    names = list(problem.base.params)
+    monkeypatch.setattr(layer_gradients, "IMAGES", 5)
+    found = kronecker_factors(problem, names)
+    spectral = [n for n, own in found.items() if isinstance(own.inputs, PatchMoments)]
+    assert spectral == ["3.weight", "10.weight"]
+    monkeypatch.setattr(native_curvature, "spectrum_pays", lambda *shape: False)
+    monkeypatch.setattr(native_curvature, "BLOCK", 10)  # rows of a factor in several blocks, the last of them shorter
+    for name, own in kronecker_factors(problem, names).items():
+        for ours, wanted in zip(found[name].matrices(), own.matrices(), strict=True):
+            assert wanted.dtype == torch.float64
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
 def test_the_diagonal_is_laplace_torchs_where_both_work(problems):
