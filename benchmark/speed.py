@@ -89,15 +89,17 @@ def main(names: list[str]) -> None:
 
 def all_measures() -> tuple[list[Callable[..., Any]], list[Callable[[], tuple[str, str]]]]:
     """Return the functions that measure a row, or several of growing size, and those that measure figures."""
-    from . import speed_curvature, speed_geodesics, speed_growth, speed_views
+    from . import speed_curvature, speed_geodesics, speed_growth, speed_metrics, speed_views
 
     figures = [phantom_rate, memory_of_1000_members, science_200x20000, strata_20000x512]
-    figures += [*speed_views.FIGURES, *speed_curvature.FIGURES, *speed_geodesics.FIGURES, *speed_growth.FIGURES]
+    figures += [*speed_views.FIGURES, *speed_curvature.FIGURES, *speed_metrics.FIGURES]
+    figures += [*speed_geodesics.FIGURES, *speed_growth.FIGURES]
     measures: list[Callable[..., Any]] = [
         *MEASURES,
         *DECODING,
         *speed_views.MEASURES,
         *speed_curvature.MEASURES,
+        *speed_metrics.MEASURES,
         *speed_geodesics.MEASURES,
         *speed_growth.MEASURES,
         *speed_growth.ON_CPU,

@@ -169,7 +169,7 @@ class _Answers:
 def _exact(context: Context, members: int, alpha: float) -> _Answers:
     """Return the chances of two classes, from tables over the number of members that choose class 1."""
     size, least = context.size, fewest_votes(members, alpha)
-    ones = votes(context.decisions, 2)[:, 1]
+    ones = context.votes[:, 1]
     answer, differ = np.zeros(size + 1), np.zeros(size + 1)
     if least is not None:
         drawn = _hypergeometric(size, members)

@@ -3,7 +3,7 @@
 A metric is one decorated function; what it is handed depends on its `level` (see `MetricInfo`). It returns values per
 case [sample] (or a `CaseMean`, with weights), whose mean and interval over patients are taken for it, or a finished
 `Estimate`, or a dict of these by the suffix of their score keys (`{"#sex=F": ...}`). Raising `Undefined` gives NaN with
-that reason:
+that reason. It keeps no state: labels are scored side by side, in threads:
 
     @register_metric("flip_share", direction="neither", level="set", unit="share of members", citation="this file")
     def flip_share(context):

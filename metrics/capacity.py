@@ -15,7 +15,7 @@ from scipy.special import xlogy
 
 from ..identity import derive_seed
 from .api import Undefined, register_metric
-from .context import Context
+from .context import Context, class_scores, decide
 from .information import divergences
 
 _SOURCE = "Hsu, Calmon (NeurIPS 2022)"
@@ -38,8 +38,8 @@ def capacity(probabilities: np.ndarray) -> np.ndarray:
         raise ValueError("no members, no capacity")
     if probabilities.shape[-1] == 2:
         low, high = probabilities.min(axis=0), probabilities.max(axis=0)
-        small = np.argmin(low + high, axis=-1)[..., None]  # the rarer class, whose score is the more precise
-        return binary_capacity(np.take_along_axis(low, small, -1)[..., 0], np.take_along_axis(high, small, -1)[..., 0])
+        rare = decide(-(low + high))  # the rarer class, whose score is the more precise
+        return binary_capacity(class_scores(low, rare), class_scores(high, rare))
     out = np.empty(probabilities.shape[1])
     step = max(1, _BLOCK // probabilities[:, 0].size)
     for start in range(0, len(out), step):
@@ -202,9 +202,10 @@ def _capacities(context: Context, k: int | None) -> np.ndarray:
     """Return the capacities [subset, sample] of the whole set (one row) or of its k-subsets."""
 
     def make() -> np.ndarray:
-        chosen = subsets(context.size, context.size if k is None else k, context.seed)
+        p = context.probabilities
+        chosen = [p] if k is None else (p[members] for members in subsets(context.size, k, context.seed))
         try:
-            return np.stack([capacity(context.probabilities[members]) for members in chosen])
+            return np.stack([capacity(members) for members in chosen])
         except ArithmeticError as error:
             raise Undefined(str(error)) from error
 

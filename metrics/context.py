@@ -5,9 +5,12 @@ A multi-label task is one such problem per label.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,7 +18,10 @@ from .api import MIN_PATIENTS as MIN_PATIENTS
 from .api import NonFinite, Predictions, Undefined
 from .intervals import PatientBootstrap
 
-_BLOCK = 1 << 21  # numbers that are worked on at once
+_BLOCK = 1 << 16  # numbers that are worked on at once: half a MiB stays in a cache beside what is made of it
+_AT_ONCE = 3 << 30  # bytes that the probabilities of the labels which are worked on at once may take
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Context:
     probabilities: float64 [member, sample, class] of the K accepted members; base: float64 [sample, class];
     labels: int64 [sample], -1 = missing; positive: the positive class of a two-class problem; attributes: codes
     [sample], -1 unknown; seed: for the k-subsets; min_patients: that a group needs in the denominator of its rate;
-    views: the same members on shifted views of the part, by name; evidence: what else was stored, by name.
+    views: the same members on shifted views of the part, by name; evidence: what else was stored, by name; halves: the
+    members' logits [member, sample] of a label whose predictions are stored as float16.
     """
 
     probabilities: np.ndarray
@@ -71,6 +78,7 @@ class Context:
     min_patients: int = MIN_PATIENTS
     views: dict[str, Context] = field(default_factory=dict)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    halves: np.ndarray | None = field(default=None, init=False, repr=False)  # so `replace` with other members drops it
     _made: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -112,7 +120,12 @@ class Context:
     @cached_property
     def flip_counts(self) -> np.ndarray:
         """How many members decide otherwise than the base, [sample]."""
-        return self.flips.sum(axis=0)
+        return self.size - class_scores(self.votes, self.base_decisions)
+
+    @cached_property
+    def votes(self) -> np.ndarray:
+        """How many members choose each class, [sample, class]."""
+        return votes(self.decisions, self.classes)
 
     @cached_property
     def ensemble(self) -> np.ndarray:
@@ -145,41 +158,96 @@ def contexts(
     min_patients: int = MIN_PATIENTS,
 ) -> Iterator[Context]:
     """Yield the problem of `predictions` for the chosen members; one two-class problem per label if multi-label."""
-    p = predictions
-    if p.task != "multilabel":
+    yield from map(partial(_context, predictions, members, bootstrap, seed, min_patients), _labels(predictions))
+
+
+def over_contexts(
+    work: Callable[[Context], _T], predictions: Predictions, members: np.ndarray, bootstrap: PatientBootstrap, seed: int
+) -> Iterator[_T]:
+    """Yield `work(context)` of each of the `contexts`, in their order.
+
+    Labels are worked on at the same time, one to a processor and as many as memory allows: numpy lets threads run side
+    by side. What is yielded does not depend on how many they are.
+    """
+
+    def of_label(label: int | None) -> _T:
+        return work(_context(predictions, members, bootstrap, seed, MIN_PATIENTS, label))
+
+    labels = _labels(predictions)
+    size = 2 * 8 * max(1, len(members) * len(predictions.base))
+    workers = min(len(labels), usable_cores(), max(1, _AT_ONCE // size))
+    if workers < 2:
+        yield from map(of_label, labels)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(of_label, labels)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _labels(predictions: Predictions) -> list[int | None]:
+    """Return which labels are a problem of their own; None: all classes are one problem."""
+    return list(range(predictions.base.shape[-1])) if predictions.task == "multilabel" else [None]
+
+
+def _context(
+    p: Predictions, members: np.ndarray, bootstrap: PatientBootstrap, seed: int, min_patients: int, label: int | None
+) -> Context:
+    if label is None:
         positive = 1 if p.positive is None else p.positive
         chosen, base = softmax(p.logits, members), softmax(p.base)
-        yield Context(chosen, base, p.labels, bootstrap, positive, p.attributes, seed, min_patients)
-        return
-    for label in range(p.base.shape[-1]):
-        chosen, base = sigmoid(p.logits[..., label], members), sigmoid(p.base[..., label])
-        yield Context(chosen, base, p.labels[:, label], bootstrap, 1, p.attributes, seed, min_patients)
+        return Context(chosen, base, p.labels, bootstrap, positive, p.attributes, seed, min_patients)
+    logits = p.logits[..., label][members]
+    chosen, base = sigmoid(logits), sigmoid(p.base[..., label])
+    context = Context(chosen, base, p.labels[:, label], bootstrap, 1, p.attributes, seed, min_patients)
+    if logits.dtype == np.float16:
+        context.halves = logits
+    return context
 
 
 def softmax(logits: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:
-    """Return float64 probabilities of logits [..., class], of the chosen members only when given."""
+    """Return float64 probabilities of logits [..., class], of the chosen members only when given.
+
+    In memory one class stands after the other: what is asked of a class reads that class alone.
+    """
     if members is None:
         return _softmax(logits)
-    out = np.empty((len(members), *logits.shape[1:]))
+    out = _class_by_class((len(members), *logits.shape[1:]))
     step = max(1, _BLOCK // max(1, logits[0].size))
     for start in range(0, len(members), step):
         out[start : start + step] = _softmax(logits[members[start : start + step]])
     return out
 
 
-def sigmoid(logits: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:
-    """Return float64 probabilities [..., 2] of the absence and presence of a label from its logits [...]."""
-    if members is None:
-        return _softmax(np.stack([np.zeros_like(logits), logits], axis=-1))
-    out = np.empty((len(members), *logits.shape[1:], 2))
-    step = max(1, _BLOCK // max(1, 2 * logits[0].size))
-    for start in range(0, len(members), step):
-        out[start : start + step] = sigmoid(logits[members[start : start + step]])
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return float64 probabilities [..., 2] of the absence and presence of a label from its logits [...].
+
+    Laid out in memory as those of `softmax`, and equal to those of the logits (0, logit).
+    """
+    out = _class_by_class((*logits.shape, 2))
+    step = max(1, _BLOCK // max(1, logits[:1].size))
+    for start in range(0, len(logits), step):
+        block = slice(start, start + step)
+        z = logits[block].astype(np.float64)
+        present = z >= 0
+        small = np.exp(-np.abs(z, out=z))
+        large = 1.0 / (1.0 + small)
+        small /= 1.0 + small
+        out[block, ..., 0], out[block, ..., 1] = np.where(present, small, large), np.where(present, large, small)
     return out
 
 
+def _class_by_class(shape: tuple[int, ...]) -> np.ndarray:
+    """Return room for numbers [..., class], the classes of which are contiguous each."""
+    return np.moveaxis(np.empty((shape[-1], *shape[:-1])), 0, -1)
+
+
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    z = logits.astype(np.float64)
+    z = _class_by_class(logits.shape)
+    z[...] = logits
     top = z[..., 0].copy()
     for c in range(1, z.shape[-1]):  # reductions over a short last axis are slow in numpy
         np.maximum(top, z[..., c], out=top)
@@ -194,6 +262,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def decide(probabilities: np.ndarray) -> np.ndarray:
     """Return the class of largest probability, [..., class] -> int [...]; ties go to the lowest index."""
+    if probabilities.shape[-1] == 2:
+        return (probabilities[..., 1] > probabilities[..., 0]).astype(np.int16)
     best = probabilities[..., 0].copy()
     out = np.zeros(best.shape, np.int16)
     for c in range(1, probabilities.shape[-1]):
@@ -203,23 +273,41 @@ def decide(probabilities: np.ndarray) -> np.ndarray:
     return out
 
 
-def class_scores(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the probability of one class per sample, [..., sample, class] and [sample] -> [..., sample]."""
+def votes(decisions: np.ndarray, classes: int) -> np.ndarray:
+    """Return how many members choose each class: [member, sample] -> int [sample, class]."""
+    out = np.zeros((*decisions.shape[1:], classes), np.int64)
+    most = np.iinfo(np.uint8).max  # so many ones can be added up in bytes, which is the fastest way
+    for start in range(0, len(decisions), most):
+        for c in range(classes):
+            chosen = decisions[start : start + most] == c
+            out[..., c] += chosen.view(np.uint8).sum(axis=0, dtype=np.uint8)
+    return out
+
+
+def class_scores(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the value of one class per sample, [..., sample, class] and [sample] -> [..., sample]; it may be a view.
+
+    Where a class is missing (-1), that of class 0.
+    """
     if len(classes) and (classes == classes[0]).all():
-        return np.ascontiguousarray(probabilities[..., max(int(classes[0]), 0)])
-    return probabilities[..., np.arange(len(classes)), np.maximum(classes, 0)]
+        return values[..., max(int(classes[0]), 0)]
+    if values.shape[-1] == 2:
+        return np.where(classes > 0, values[..., 1], values[..., 0])
+    return values[..., np.arange(len(classes)), np.maximum(classes, 0)]
 
 
-def member_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the first axis, taken about the first member: equal members give exactly their value."""
-    first = values[0]
-    return first + sum(_deviations(values), start=np.zeros_like(first)) / len(values)
+def member_mean(values: np.ndarray, of: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+    """Return the mean over the first axis, taken about the first member: equal members give exactly their value.
 
-
-def _deviations(values: np.ndarray) -> Iterator[np.ndarray]:
+    of: what is taken of the values, some members at a time, before the mean; default: the values themselves.
+    """
+    of = of or np.asarray
+    first = of(values[:1])[0]
+    total = np.zeros_like(first)
     step = max(1, _BLOCK // max(1, values[0].size))
     for start in range(0, len(values), step):
-        yield (values[start : start + step] - values[0]).sum(axis=0)
+        total += (of(values[start : start + step]) - first).sum(axis=0)
+    return first + total / len(values)
 
 
 def sample_blocks(probabilities: np.ndarray) -> Iterator[slice]:
@@ -234,8 +322,15 @@ def check_finite(predictions: Predictions) -> None:
     """Raise NonFinite naming member and sample of the first logit that is NaN or infinite."""
     p = predictions
     for member, logits in enumerate((p.base, *p.logits)):
-        if not np.isfinite(logits).all():
+        if not _all_finite(logits):
             sample = int(np.argwhere(~np.isfinite(logits))[0][0])
             who = f"member {member - 1}" if member else "the base"
             value = logits[sample][~np.isfinite(logits[sample])][0]
             raise NonFinite(f"logits on {p.view} are not finite: {who}, sample {sample} is {value}")
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    exponents = values.view(np.uint16) & 0x7C00  # numpy looks at halves one by one
+    return not (exponents == 0x7C00).any()

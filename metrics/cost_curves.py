@@ -13,7 +13,7 @@ import numpy as np
 
 from .api import Undefined
 from .context import Context
-from .decisions import disagreement, votes
+from .decisions import disagreement
 from .intervals import miss_probability, order_statistic_weights
 
 
@@ -80,7 +80,7 @@ def multiplicity_curves(context: Context) -> dict[str, np.ndarray]:
     weights = np.stack([order_statistic_weights(size, k) for k in ks])
     cases = np.bincount(context.flip_counts, minlength=size + 1)
     missed = np.stack([miss_probability(size, np.arange(size + 1), k) for k in ks])
-    pairs = float(disagreement(votes(context.decisions, context.classes)).mean())
+    pairs = float(disagreement(context.votes).mean())
     return {
         "ambiguity": (1.0 - missed) @ cases / cases.sum(),
         "discrepancy": weights @ np.sort(context.flips.mean(axis=1)),

@@ -14,6 +14,7 @@ from scipy.special import bdtr
 
 from .api import register_metric
 from .context import Context
+from .context import votes as votes
 from .intervals import CaseMean, Estimate, Interval, clopper_pearson, miss_probability, order_statistic_weights
 
 _MARX = "Marx, Calmon, Ustun (ICML 2020)"
@@ -57,11 +58,6 @@ def conflict(flip_counts: np.ndarray, members: int) -> np.ndarray:
 def conflict_interval(flips: int, members: int) -> Interval:
     """Return the two-sided Clopper-Pearson interval of one sample's conflict, over members drawn at random."""
     return clopper_pearson(int(flips), members)
-
-
-def votes(decisions: np.ndarray, classes: int) -> np.ndarray:
-    """Return how many members choose each class: [member, sample] -> int [sample, class]."""
-    return np.stack([(decisions == c).sum(axis=0) for c in range(classes)], axis=-1)
 
 
 def disagreement(counts: np.ndarray) -> np.ndarray:
@@ -158,6 +154,8 @@ def _discrepancy(context: Context, k: int | None) -> Estimate:
 def _flip_draws(context: Context) -> np.ndarray:
     """Return the share of samples that each member flips in each draw, [draw, member]."""
     b = context.bootstrap
+    if not b.draws:
+        return np.empty((0, context.size))
     chunks = np.array_split(context.flips, -(-context.size // 64))
     flips = np.concatenate([b.resample(b.by_patient(f.astype(np.float64))) for f in chunks], axis=1)
     return flips / b.resample(b.by_patient(np.ones(b.samples)))[:, None]
@@ -179,4 +177,4 @@ def _conflict(context: Context) -> np.ndarray:
 )
 def _disagreement(context: Context) -> CaseMean:
     """Mean share of pairs of members that decide differently."""
-    return CaseMean(disagreement(votes(context.decisions, context.classes)))
+    return CaseMean(disagreement(context.votes))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from .api import METRICS, Metric, MetricInfo, Predictions, Score, Settings, Undefined
-from .context import Context, check_finite, contexts
+from .context import Context, check_finite, over_contexts
 from .decisions import ambiguous
 from .intervals import CaseMean, Estimate, PatientBootstrap, average, wilson
 from .membership import Membership, membership
@@ -84,13 +84,19 @@ def score_view(
     functions = {n: f for n, f in _functions(names).items() if f.info.level != "membership"}
     bootstrap = PatientBootstrap(len(predictions.base), predictions.patient, settings.draws, settings.seed)
     results: _Results = defaultdict(list)
-    any_label = np.zeros((len(accepted), bootstrap.patients), bool) if predictions.task == "multilabel" else None
     drawn = len(predictions.logits)
-    for context in contexts(predictions, accepted, bootstrap, settings.seed):
-        _add(results, context, functions, settings.k, drawn)
-        if any_label is not None:
-            any_label |= bootstrap.by_patient(context.flips.astype(np.int32)) > 0
-    if any_label is not None and "ambiguity" in functions:
+    several = predictions.task == "multilabel" and "ambiguity" in functions
+    any_label = np.zeros((len(accepted), len(predictions.base)), bool)
+
+    def of_problem(context: Context) -> tuple[dict[str, Estimate | Undefined], np.ndarray | None]:
+        return _estimates(context, functions, settings.k, drawn), context.flips if several else None
+
+    for found, flips in over_contexts(of_problem, predictions, accepted, bootstrap, settings.seed):
+        for key, estimate in found.items():
+            results[key].append(estimate)
+        if flips is not None:
+            any_label |= flips
+    if several:
         _add_any_label(results, any_label, bootstrap, settings.k, drawn)
     marked = f"/{view}" if view else ""
     return {
@@ -159,8 +165,10 @@ def _acceptance(functions: Mapping[str, Metric], who: Membership, settings: Sett
     return scores
 
 
-def _add(results: _Results, context: Context, functions: Mapping[str, Metric], k: int, drawn: int) -> None:
-    """Compute every metric of one problem; what is a mean over cases is resampled in one product for all metrics."""
+def _estimates(
+    context: Context, functions: Mapping[str, Metric], k: int, drawn: int
+) -> dict[str, Estimate | Undefined]:
+    """Return every metric of one problem; what is a mean over cases is resampled in one product for all metrics."""
     found = {
         key + suffix: result
         for key, compute in _plan(context, functions, k, drawn)
@@ -171,8 +179,7 @@ def _add(results: _Results, context: Context, functions: Mapping[str, Metric], k
             found[key] = CaseMean(np.asarray(result))
     waiting = [result for result in found.values() if isinstance(result, CaseMean)]
     means = iter(context.bootstrap.means(waiting))
-    for key, result in found.items():
-        results[key].append(next(means) if isinstance(result, CaseMean) else result)
+    return {key: next(means) if isinstance(result, CaseMean) else result for key, result in found.items()}
 
 
 def _plan(
@@ -208,11 +215,17 @@ def _attempt(compute: Callable[[], Any]) -> Mapping[str, Any]:
 
 
 def _add_any_label(results: _Results, flips: np.ndarray, bootstrap: PatientBootstrap, k: int, drawn: int) -> None:
-    """Add `ambiguity.any_label`: the share of patients of whom some member flips any label of any image."""
+    """Add `ambiguity.any_label`: the share of patients of whom some member flips any label of any image.
+
+    flips: whether a member flips any label of an image, bool [member, sample].
+    """
     patients, size = bootstrap.of_patients(), len(flips)
+    counts = np.zeros(bootstrap.patients, np.int64)
+    for of_member in flips:
+        counts += bootstrap.by_patient(of_member.astype(np.int32)) > 0
     for key, at in (("ambiguity.any_label/", None), (f"ambiguity.any_label@{k}/", k)):
         if size >= (at or 1):
-            results[key].append(patients.mean(ambiguous(flips.sum(axis=0), size, at)))
+            results[key].append(patients.mean(ambiguous(counts, size, at)))
         else:
             few = f"{size} of {at} accepted" if at else f"0 of {drawn} drawn members accepted"
             results[key].append(Undefined(few))

@@ -18,7 +18,7 @@ from ..identity import derive_seed
 from .abstention import answer_cases
 from .api import Undefined
 from .context import MIN_PATIENTS, Context
-from .decisions import ambiguous, disagreement, votes
+from .decisions import ambiguous, disagreement
 from .intervals import CaseMean, Estimate, PatientBootstrap
 from .scores import score_range
 
@@ -202,7 +202,7 @@ def _case_quantities(context: Context, k: int, members: int, alpha: float) -> di
     size = context.size
     pairs: CaseMean | Undefined = Undefined(f"{size} of 2 accepted")
     if size > 1:
-        pairs = CaseMean(disagreement(votes(context.decisions, context.classes)))
+        pairs = CaseMean(disagreement(context.votes))
     answered = answer_cases(context, members, alpha)["coverage"]
     few = Undefined(f"{size} of {k} accepted")
     return {

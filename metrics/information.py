@@ -13,12 +13,14 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """
     excess = p - q
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = excess / q
-        far = ratio < -0.5  # there 1 + u cancels, while p/q is accurate
-        terms = np.log1p(ratio, where=~far, out=np.zeros_like(ratio))
-        np.divide(p, q, out=ratio)
-        np.log(ratio, where=far & (ratio > 0), out=terms)
+        terms = excess / q
+        far = np.flatnonzero(terms.ravel(order="K") < -0.5)  # there 1 + u cancels, while p/q is accurate
+        np.log1p(terms, out=terms)
+        if len(far):
+            ratio = np.divide(p, q, out=np.empty_like(terms)).ravel(order="K")[far]
+            terms.ravel(order="K")[far] = np.log(np.where(ratio > 0, ratio, 1.0))
         terms *= p
         terms -= excess
-    terms[np.isnan(terms)] = 0.0  # p = q = 0
+    if not np.all(q):
+        terms[np.isnan(terms)] = 0.0  # p = q = 0
     return terms.sum(axis=-1)

@@ -128,8 +128,10 @@ class PatientBootstrap:
             return []
         weight = [np.ones(self.samples) if c.weight is None else np.asarray(c.weight, np.float64) for c in cases]
         values = np.stack([np.where(w > 0, c.values, 0.0) * w for c, w in zip(cases, weight)])
-        top, bottom = self.by_patient(values), self.by_patient(np.stack(weight))
-        draws = self.resample(np.stack([top, bottom]))
+        bottom = self.by_patient(np.stack(weight))
+        draws = np.empty((0, 2, len(cases)))
+        if self.draws:
+            draws = self.resample(np.stack([self.by_patient(values), bottom]))
         out: list[Estimate | Undefined] = []
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = draws[:, 0] / draws[:, 1]

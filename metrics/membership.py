@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.special import ndtri
 
 from .api import LOSSES, Predictions, Settings, Undefined, register_metric
-from .context import Context, contexts, decide
+from .context import Context, decide, over_contexts
 from .intervals import PatientBootstrap
 from .performance import aurocs, brier_scores, errors, log_losses
 
@@ -83,14 +85,26 @@ def membership(val: Predictions, settings: Settings) -> Membership:
     resampled = settings.loss not in _MEANS
     draws = max(settings.draws, 200) if resampled else 0
     bootstrap = PatientBootstrap(len(val.base), val.patient, draws, settings.seed)
-    problems = contexts(val, everyone, bootstrap, settings.seed)
     failed = np.isin(everyone, val.failed)
-    return (_resampled if resampled else _normal)(problems, bootstrap, settings.loss, failed)
+    over_labels = partial(over_contexts, predictions=val, members=everyone, bootstrap=bootstrap, seed=settings.seed)
+    return (_resampled if resampled else _normal)(over_labels, bootstrap, settings.loss, failed)
 
 
-def _normal(problems, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
-    parts = []
-    for context in problems:
+@dataclass(frozen=True)
+class _Compared:
+    """The base's loss and the members' differences from it, [member], with what their errors are estimated from: the
+    influence of every sample, [member, sample], or bootstrap draws of the differences, [draw, member]."""
+
+    base: float
+    difference: np.ndarray
+    spread: np.ndarray
+
+
+_OverLabels = Callable[[Callable[[Context], _Compared]], Iterable[_Compared]]
+
+
+def _normal(over_labels: _OverLabels, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
+    def compare(context: Context) -> _Compared:
         known = context.known
         if not known.any():
             raise Undefined("a label of the validation split is missing everywhere")
@@ -99,27 +113,40 @@ def _normal(problems, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray
         paired = np.where(known, _MEANS[loss](context.probabilities, context.labels) - base, 0.0)
         difference = paired.sum(axis=1) / n
         influence = np.where(known, paired - difference[:, None], 0.0) / n
-        parts.append((base.sum() / n, difference, bootstrap.by_patient(influence)))
-    base, difference, influence = (np.mean([p[i] for p in parts], axis=0) for i in range(3))
-    patients = bootstrap.patients
+        return _Compared(base.sum() / n, difference, influence)
+
+    mean = _mean(over_labels(compare))
+    influence, patients = bootstrap.by_patient(mean.spread), bootstrap.patients
     with np.errstate(invalid="ignore", divide="ignore"):
         se = np.sqrt(np.float64(patients) / (patients - 1) * (influence**2).sum(axis=1))
     reach = -ndtri(_TAIL) * se
-    low, high = difference - reach, difference + reach
-    return Membership(loss, float(base), base + difference, difference, se, low, high, patients, failed)
+    low, high = mean.difference - reach, mean.difference + reach
+    base, difference = float(mean.base), mean.difference
+    return Membership(loss, base, base + difference, difference, se, low, high, patients, failed)
 
 
-def _resampled(problems, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
+def _resampled(over_labels: _OverLabels, bootstrap: PatientBootstrap, loss: str, failed: np.ndarray) -> Membership:
     goodness = {"auroc": aurocs, "balanced_accuracy": _balanced_accuracies}[loss]
-    parts = []
-    for context in problems:
+
+    def compare(context: Context) -> _Compared:
         base, base_draws = goodness(context, context.base[None])
         values, draws = goodness(context, context.probabilities)
-        parts.append((1 - base[0], base[0] - values, base_draws - draws))
-    base, difference, draws = (np.mean([p[i] for p in parts], axis=0) for i in range(3))
-    low, high = np.nanquantile(draws, [_TAIL, 1 - _TAIL], axis=0)
-    se = np.nanstd(draws, axis=0)
-    return Membership(loss, float(base), base + difference, difference, se, low, high, bootstrap.patients, failed)
+        return _Compared(1 - base[0], base[0] - values, base_draws - draws)
+
+    mean = _mean(over_labels(compare))
+    low, high = np.nanquantile(mean.spread, [_TAIL, 1 - _TAIL], axis=0)
+    se = np.nanstd(mean.spread, axis=0)
+    base, difference = float(mean.base), mean.difference
+    return Membership(loss, base, base + difference, difference, se, low, high, bootstrap.patients, failed)
+
+
+def _mean(labels: Iterable[_Compared]) -> _Compared:
+    """Return the mean over labels, added up as they come: what errors are estimated from is large."""
+    count, base, difference, spread = 0, 0.0, np.zeros(()), np.zeros(())
+    for label in labels:
+        base, difference, spread = base + label.base, difference + label.difference, spread + label.spread
+        count += 1
+    return _Compared(base / count, difference / count, spread / count)
 
 
 def _balanced_accuracies(context: Context, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ def set_scores(context: Context) -> dict[str, np.ndarray]:
         **({"ensemble_entropy": entropy(context.ensemble)} if context.classes > 2 else {}),
         "mutual_information": mutual_information(context.probabilities),
         "range": viable_prediction_range(context.probabilities, followed),
-        "disagreement": disagreement(votes(context.decisions, context.classes)),
+        "disagreement": disagreement(context.votes),
     }
 
 

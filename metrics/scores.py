@@ -9,9 +9,8 @@ import numpy as np
 
 from .api import register_metric
 from .context import Context, class_scores, member_mean, sample_blocks
-from .decisions import expected_maximum
 from .information import divergences
-from .intervals import CaseMean
+from .intervals import CaseMean, order_statistic_weights
 
 _RANGE = "Watson-Daniels, Parkes, Ustun (AAAI 2023)"
 _SPREAD = "Long et al. (NeurIPS 2023)"
@@ -25,8 +24,12 @@ def score_range(scores: np.ndarray, k: int | None = None) -> np.ndarray:
     """
     if k is None:
         return scores.max(axis=0) - scores.min(axis=0)
-    moved = (scores - scores[0]).T  # about the first member, so that equal members give exactly 0
-    return expected_maximum(moved, k) + expected_maximum(-moved, k)
+    weights = order_statistic_weights(len(scores), k)
+    out = np.empty(scores.shape[1])
+    for block in sample_blocks(scores):
+        moved = scores[:, block] - scores[0, block]  # about the first member, so that equal members give exactly 0
+        out[block] = np.sort(np.ascontiguousarray(moved.T), axis=-1) @ (weights - weights[::-1])
+    return out
 
 
 def viable_prediction_range(probabilities: np.ndarray, classes: np.ndarray | int, k: int | None = None) -> np.ndarray:
@@ -55,7 +58,10 @@ def score_sd(scores: np.ndarray, ddof: int = 0) -> np.ndarray:
     """
     if len(scores) <= ddof:
         return np.full(scores.shape[1], np.nan)
-    return np.std(scores - scores[0], axis=0, ddof=ddof)
+    out = np.empty(scores.shape[1])
+    for block in sample_blocks(scores):
+        out[block] = np.std(scores[:, block] - scores[0, block], axis=0, ddof=ddof)
+    return out
 
 
 def score_sd_quantile(scores: np.ndarray, level: float = 0.9) -> float:

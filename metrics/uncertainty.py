@@ -47,7 +47,7 @@ def over_patients(context: Context, k: int) -> dict[str, np.ndarray]:
     b = context.bootstrap
     return {
         "ambiguity": b.mean(ambiguous(context.flip_counts, context.size, k)).draws,
-        "disagreement": b.mean(disagreement(votes(context.decisions, context.classes))).draws,
+        "disagreement": b.mean(disagreement(context.votes)).draws,
         "vpr": b.mean(score_range(context.scores, k), context.scored).draws,
     }
 

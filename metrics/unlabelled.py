@@ -16,7 +16,7 @@ from ..identity import derive_seed
 from .api import Undefined
 from .calibration import same_cases
 from .context import Context, decide, member_mean
-from .decisions import disagreement, votes
+from .decisions import disagreement
 from .groups import classes_of_sizes, permuted_codes
 from .intervals import CaseMean, Estimate, PatientBootstrap
 from .performance import errors
@@ -111,7 +111,7 @@ def error_estimates(val: Context, part: Context, view: str = "") -> dict[str, Er
         ("gde", *scores, "confidence"), Undefined(f"{seen.size} of {2 if seen.size else 1} accepted")
     )
     if seen.size > 1:
-        pairs = disagreement(votes(seen.decisions, seen.classes))
+        pairs = disagreement(seen.votes)
         out["gde"] = _beside_the_truth(pairs[None], seen, bootstrap)
     if seen.size:
         out |= {name: _below_threshold(val, seen, bootstrap, score) for name, score in scores.items()}
