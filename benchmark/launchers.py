@@ -34,6 +34,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import UserError, suggest
+from ..processors import usable_processors
 
 # Launcher -> (extra that it needs, module by which one sees that it is installed); "basic" is Hydra's, one by one.
 NEEDS = {
@@ -160,13 +161,8 @@ def threads_of_a_job(name: str, settings: Mapping[str, Any], jobs: int) -> int:
         return int(settings["num_cpus"])
     workers = settings["n_jobs"] if name == "joblib" else settings["workers"]
     if workers is None or workers < 0:  # joblib counts from the end: -1 is all, -2 all but one
-        workers = processors() + 1 + (workers or -1)
-    return max(1, processors() // max(1, min(workers, jobs)))
-
-
-def processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+        workers = usable_processors() + 1 + (workers or -1)
+    return max(1, usable_processors() // max(1, min(workers, jobs)))
 
 
 def prepare_job(config: Any) -> None:
@@ -256,7 +252,7 @@ class SubmititLauncher(_Launcher):
                 executor.update_parameters(slurm_array_parallelism=workers)
                 submitted = executor.map_array(_call, jobs)
             for job in jobs[len(submitted) :]:
-                while sum(not other.done() for other in submitted) >= (workers or processors()):
+                while sum(not other.done() for other in submitted) >= (workers or usable_processors()):
                     time.sleep(0.2)
                 submitted.append(executor.submit(_call, job))
             return [_result(job, other) for job, other in zip(jobs, submitted)]
@@ -309,7 +305,7 @@ def _join_ray(address: str, workers: int | None) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own: dict[str, Any] = {"num_cpus": workers or processors(), "include_dashboard": False}
+    own: dict[str, Any] = {"num_cpus": workers or usable_processors(), "include_dashboard": False}
     own["object_store_memory"] = OBJECT_STORE_BYTES
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:

@@ -29,6 +29,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..identity import digest, plain
+from ..processors import usable_processors
 from .films import Films, Rendering
 
 if TYPE_CHECKING:
@@ -344,7 +345,7 @@ def _in_parallel(films: Films, rows: Sequence[int]) -> Iterator[tuple[int, np.nd
     """
     from PIL import Image
 
-    workers = usable_cores()
+    workers = usable_processors()
     pool = ThreadPoolExecutor(workers)
     waiting: deque[tuple[int, Future[np.ndarray | str]]] = deque()
     with warnings.catch_warnings():  # here, for warning filters belong to the whole process
@@ -384,8 +385,3 @@ def _reason(error: Exception) -> str:
         return "it is no PNG, JPEG or DICOM file"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

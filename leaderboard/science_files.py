@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..processors import usable_processors
 from .cells import Table
 from .desiderata_page import render_desiderata
 from .exact_page import tables as tables_of_exact
@@ -59,7 +59,7 @@ def build_science(folder: Path, tables: Iterable[Table], write: Callable[[Path, 
 
 
 def _texts(tables: Sequence[Table], folder: Path) -> Iterable[str]:
-    workers = min(len(tables), os.cpu_count() or 1)
+    workers = min(len(tables), usable_processors())
     if workers < 2:
         return (_text(table, folder) for table in tables)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -5,7 +5,6 @@ A multi-label task is one such problem per label.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..processors import usable_processors
 from .api import MIN_PATIENTS as MIN_PATIENTS
 from .api import NonFinite, Predictions, Undefined
 from .intervals import PatientBootstrap
@@ -175,17 +175,12 @@ def over_contexts(
 
     labels = _labels(predictions)
     size = 2 * 8 * max(1, len(members) * len(predictions.base))
-    workers = min(len(labels), usable_cores(), max(1, _AT_ONCE // size))
+    workers = min(len(labels), usable_processors(), max(1, _AT_ONCE // size))
     if workers < 2:
         yield from map(of_label, labels)
         return
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(of_label, labels)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _labels(predictions: Predictions) -> list[int | None]:

@@ -257,7 +257,7 @@ def test_a_folder_that_another_host_sees_differently_is_one_line_and_exit_code_2
 
 
 def test_a_job_takes_its_share_of_the_processors_and_what_the_user_says(launched, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "processors", lambda: 3)
+    monkeypatch.setattr(launchers, "usable_processors", lambda: 3)
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr(
         "multiplicity_bench.benchmark.stages.check_views", lambda run: seen.append(torch.get_num_threads())
@@ -286,7 +286,7 @@ def test_a_job_takes_its_share_of_the_processors_and_what_the_user_says(launched
     ],
 )
 def test_threads_of_a_job(launcher, settings, jobs, threads, monkeypatch):
-    monkeypatch.setattr(launchers, "processors", lambda: 8)
+    monkeypatch.setattr(launchers, "usable_processors", lambda: 8)
     assert launchers.threads_of_a_job(launcher, settings, jobs) == threads
 
 

@@ -386,7 +386,7 @@ def test_links_inside_the_root_and_a_root_that_is_a_link_are_followed(tmp_path):
 
 @pytest.mark.parametrize("cores", [1, 3])
 def test_every_film_gets_its_own_image_whatever_the_number_of_cores(cores, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "usable_cores", lambda: cores)
+    monkeypatch.setattr(decoding, "usable_processors", lambda: cores)
     films = films_in(tmp_path, 2 * cores * decoding.AHEAD + 5)
     found = decode_films(films, Temporary())
     assert found.images.shape == films.shape and not found.images.flags.writeable
@@ -412,7 +412,7 @@ def test_decoded_films_are_found_again_until_a_file_or_the_rendering_changes(tmp
 
 def test_decoding_goes_on_where_it_failed(tmp_path, monkeypatch):
     films, cache = films_in(tmp_path / "films", 60), Kept(tmp_path / "kept")
-    monkeypatch.setattr(decoding, "usable_cores", lambda: 1)
+    monkeypatch.setattr(decoding, "usable_processors", lambda: 1)
     seen: list[str] = []
 
     def counted(path, rendering, stop=41):
@@ -457,7 +457,7 @@ def decode_until_killed(films: Films, cache: Kept) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(path, rendering)
 
-    decoding.decode, decoding.SAVE_EVERY_S, decoding.usable_cores = dying, -1.0, lambda: 1
+    decoding.decode, decoding.SAVE_EVERY_S, decoding.usable_processors = dying, -1.0, lambda: 1
     decode_films(films, cache)
 
 

@@ -41,7 +41,7 @@ def scores_of(pair, **settings):
 def test_scores_are_the_same_bit_by_bit_on_one_core_and_on_several(multilabel, monkeypatch, draws):
     found = []
     for cores in (1, 3):
-        monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(module, "usable_processors", lambda cores=cores: cores)
         found.append(scores_of(multilabel, draws=draws))
     assert found[0] == found[1] and len(found[0]) > 40
 
@@ -50,14 +50,14 @@ def test_scores_are_the_same_bit_by_bit_on_one_core_and_on_several(multilabel, m
 def test_membership_is_the_same_bit_by_bit_on_one_core_and_on_several(multilabel, monkeypatch, loss):
     found = []
     for cores in (1, 3):
-        monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(module, "usable_processors", lambda cores=cores: cores)
         found.append(membership(multilabel[0], Settings(loss=loss)))
     for name in ("base", "difference", "se", "low", "high"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
 
 
 def threads_of(predictions, monkeypatch, cores):
-    monkeypatch.setattr(module, "usable_cores", lambda: cores)
+    monkeypatch.setattr(module, "usable_processors", lambda: cores)
     together = threading.Barrier(cores, timeout=20)
 
     def work(context):
@@ -82,7 +82,7 @@ def test_labels_are_worked_on_one_by_one_where_memory_allows_no_more(multilabel,
 
 
 def test_an_error_in_one_label_is_raised(multilabel, monkeypatch):
-    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(module, "usable_processors", lambda: 2)
 
     def work(context):
         raise ArithmeticError(str(int(context.labels.sum())))
