@@ -9,7 +9,7 @@ from ..datasets.phantom_cxr import PhantomCXR
 from ..generators.api import AtOnce, Part, Plan
 from ..generators.modelset import DiagonalSet
 from .ensemble import Together
-from .networks import Network
+from .networks import MaxPool2, Network
 from .train import Training, train
 
 
@@ -68,8 +68,14 @@ def plain_training(network: Network, data: Part, recipe: Training) -> None:
 
 
 def plain_prediction(network: Network, members: DiagonalSet, images: Tensor) -> list[Tensor]:
-    """Return the logits of every member, drawn and predicted with the usual `vector_to_parameters` loop."""
+    """Return the logits of every member, drawn and predicted with the usual `vector_to_parameters` loop.
+
+    Of torch's own layers: pooling, too.
+    """
     module = network.module(members.mean, members.shared_buffers)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, MaxPool2):
+            module.set_submodule(name, nn.MaxPool2d(2))
     mean, logits = torch.cat([leaf.reshape(-1) for leaf in members.mean.values()]), []
     with torch.no_grad():
         for k in range(members.size):

@@ -114,8 +114,12 @@ class ModelSet:
 
     def block(self, start: int, stop: int) -> Block:
         """Return members `start .. stop - 1` as stacked leaves."""
-        drawn = [self.leaves(k) for k in range(start, stop)]
-        params = {name: torch.stack([leaves[name] for leaves in drawn]) for name in drawn[0]} if drawn else {}
+        params: Leaves = {}
+        for k in range(start, stop):  # into its place at once: a block is large, and there is no second one beside it
+            for name, leaf in self.leaves(k).items():
+                if k == start:
+                    params[name] = leaf.new_empty((stop - start, *leaf.shape))
+                params[name][k - start] = leaf
         buffers = {name: leaf[start:stop] for name, leaf in self.stacked_buffers.items()}
         return Block(start, stop - start, params, buffers, self.shared_params, self.shared_buffers)
 

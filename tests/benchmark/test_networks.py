@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from multiplicity_bench.benchmark.networks import NETWORKS, Network
+from multiplicity_bench.benchmark.networks import NETWORKS, MaxPool2, Network
 from multiplicity_bench.errors import UserError
+from torch import nn
 
 SUITABLE = {"logistic": 28, "mlp": 28, "smallcnn": 28, "resnet18": 28, "resnet50": 64, "densenet121": 64}
 
@@ -123,6 +124,35 @@ def test_a_network_described_and_restored_is_the_same_function():
     weights, batch = network.init(0), images(2, 9, 3)
     assert torch.equal(restored(*weights, batch), network(*weights, batch))
     assert restored.describe() == network.describe()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 28, 28), (2, 5, 9, 7), (1, 1, 2, 3), (4, 3, 6, 6)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_without_gradients_gives_the_very_numbers_of_torch(shape, layout):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu().to(memory_format=layout)
+    x[0, 0, 0, 0] = float("nan")
+    pooled = nn.functional.max_pool2d(x, 2)
+    with torch.no_grad():
+        found = MaxPool2()(x)
+        assert torch.equal(found.nan_to_num(-1.0), pooled.nan_to_num(-1.0)) and bool(found[0, 0, 0, 0].isnan())
+        assert torch.equal(torch.func.vmap(MaxPool2())(x[None])[0].nan_to_num(-1.0), pooled.nan_to_num(-1.0))
+
+
+def test_pooling_has_torchs_derivatives_ties_included():
+    """Forwards without gradients, where squares of equal numbers move alike, as behind a ReLU; backwards always."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-2, 3, (2, 3, 8, 8), generator=generator).double()
+    moved = torch.where(x > 0, x, 0.0)  # equal numbers have equal tangents, those at 0 none
+    with torch.no_grad():
+        ours, torchs = (torch.func.jvp(f, (x.relu(),), (moved,)) for f in (MaxPool2(), nn.MaxPool2d(2)))
+    for a, b in zip(ours, torchs, strict=True):
+        assert torch.equal(a, b)
+    gradients = []
+    for layer in (MaxPool2(), nn.MaxPool2d(2)):
+        leaf = x.clone().requires_grad_()
+        (layer(leaf) ** 2).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_depth_zero_is_a_linear_model():
