@@ -133,8 +133,21 @@ def _loop(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
         logits = network(block.shared_params, block.shared_buffers, images)
         logits = logits.expand(block.size, *logits.shape)
     else:
-        logits = torch.stack([block.member_logits(network, k, images) for k in range(block.size)])
+        logits = _each(block.size, lambda k: block.member_logits(network, k, images))
     return logits if block.output is None else block.output(logits, images)
+
+
+def _each(members: int, logits_of: Callable[[int], Tensor]) -> Tensor:
+    """Return logits [member, sample, class], each put in its place at once.
+
+    Small tensors kept between the large ones of two passes would hold the allocator's memory: gigabytes of it.
+    """
+    first = logits_of(0)
+    out = first.new_empty((members, *first.shape))
+    out[0] = first
+    for k in range(1, members):
+        out[k] = logits_of(k)
+    return out
 
 
 def _vmap(network: NetworkFunction, block: Block, images: Tensor) -> Tensor:
@@ -152,5 +165,5 @@ def _graph(network: NetworkFunction, block: Block, images: Tensor, graphs: dict[
         return block.logits(network, params, dict(zip(block.buffers, leaves[len(params) :], strict=True)), images)
 
     captured = graphs.setdefault(tuple(images.shape), Captured(one))
-    logits = torch.stack([captured(images, *(leaf[k] for leaf in own)).clone() for k in range(block.size)])
+    logits = _each(block.size, lambda k: captured(images, *(leaf[k] for leaf in own)))
     return logits if block.output is None else block.output(logits, images)
