@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,31 +110,29 @@ ON_CPU = (diagonal_by_images, kfac_by_weights)
 
 
 def share_of_peak() -> tuple[str, str]:
-    """Return what share of the device's measured peak (a product of square matrices in float32) is reached."""
+    """Return how fast work is beside a product of square matrices in float32 (timed in turn), as a device's peak."""
     from torch.utils.flop_counter import FlopCounterMode
 
     told = []
     for device in _devices():
-        side = 8192 if device.type == "cuda" else 2048
+        side, data = 8192 if device.type == "cuda" else 2048, phantom_part(64, device)
         matrix, product = torch.rand(side, side, device=device), torch.empty(side, side, device=device)
         multiply = partial(torch.mm, matrix, matrix, out=product)
-        times = [timed(multiply, device) for _ in range(6)][1:]
-        peak, data = 2 * side**3 / statistics.median(times), phantom_part(64, device)
-        shares = [f"{device.type} {peak / 1e9:,.0f} GFLOP/s"]
-        for spec in ({"name": "smallcnn"}, {"name": "resnet18", "norm": "batch"}):
-            network = Network(spec, 1, 28, 2)
+        for name, norm in (("smallcnn", "group"), ("resnet18", "batch")):
+            network = Network({"name": name, "norm": norm}, 1, 28, 2)
             members = diagonal_set(network, 2, device)
             works: dict[str, Callable[[], Any]] = {
                 "training": partial(train, network, data, Training(epochs=1), 0),
                 "prediction": partial(predict, network, members, data.images, strategy="loop"),
             }
-            for name, work in works.items():
+            for what, work in works.items():
                 with FlopCounterMode(display=False) as counted:
                     work()
-                seconds = statistics.median([timed(work, device) for _ in range(6)][1:])
-                shares.append(f"{name} {spec['name']} {counted.get_total_flops() / seconds / peak:.0%}")
-        told.append(", ".join(shares))
-    return "share of the measured peak (product of square matrices in float32)", "; ".join(told)
+                row = compare("", device, work, multiply)
+                share = counted.get_total_flops() / row["ours_s"] / (2 * side**3 / row["baseline_s"])
+                peak = 2 * side**3 / row["baseline_s"] / 1e9
+                told.append(f"{device.type}, {what} of {name}: {share:.0%} of {peak:,.0f} GFLOP/s")
+    return "share of the measured peak (a product of square matrices in float32)", "; ".join(told)
 
 
 def layouts() -> tuple[str, str]:
