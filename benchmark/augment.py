@@ -30,12 +30,13 @@ def draw_changes(kind: str, seed: int, epoch: int, samples: int, side: int) -> T
 
 def changed(images: Tensor, changes: Tensor) -> Tensor:
     """Return images [sample, channel, height, width], mirrored left to right and then shifted as `changes` say."""
-    height, width = images.shape[-2:]
+    samples, channels, height, width = images.shape
     down, right, mirrored = changes.to(images.device)[:, :, None].unbind(1)
     rows = torch.arange(height, device=images.device) - down
     columns = torch.arange(width, device=images.device) - right
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
     columns = torch.where(mirrored == 1, width - 1 - columns, columns)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    picked = images[sample, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
-    return (picked * inside[..., None]).permute(0, 3, 1, 2)
+    sample = torch.arange(samples, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    rows, columns = rows.clamp(0, height - 1)[:, None, :, None], columns.clamp(0, width - 1)[:, None, None, :]
+    return images[sample, channel, rows, columns] * inside

@@ -249,6 +249,16 @@ def test_a_diverged_member_fails_and_the_set_goes_on(stacked):
         Retrain().generate(replace(plain, fit=never, checkpoint=Memory(), members=2), 0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_pass_after_the_other_is_the_loop_to_the_bit(name, optimizer, data):
+    network, recipe = Network(NETWORKS[name], 1, 6, 2), replace(RECIPE, optimizer=optimizer, augment="shift")
+    for k, found in enumerate(train_together(network, data, recipe, [Plan(seed=k) for k in range(3)], way="each")):
+        alone = train(network, data, recipe, k)
+        assert all(torch.equal(leaf, alone.params[n]) for n, leaf in found.params.items())
+        assert all(torch.equal(leaf, alone.buffers[n]) for n, leaf in found.buffers.items())
+
+
 def test_a_cpu_trains_one_by_one(make_spec, tmp_path):
     assert Run(make_spec(tmp_path, "generator=retrain"), Session()).problem().fit_together is None
 
