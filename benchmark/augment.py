@@ -29,9 +29,12 @@ def draw_changes(kind: str, seed: int, epoch: int, samples: int, side: int) -> T
 
 
 def changed(images: Tensor, changes: Tensor) -> Tensor:
-    """Return images [sample, channel, height, width], mirrored left to right and then shifted as `changes` say."""
+    """Return images [sample, channel, height, width], mirrored left to right and then shifted as `changes` say.
+
+    changes: as drawn by `draw_changes`, on the device of the images.
+    """
     samples, channels, height, width = images.shape
-    down, right, mirrored = changes.to(images.device)[:, :, None].unbind(1)
+    down, right, mirrored = changes[:, :, None].unbind(1)
     rows = torch.arange(height, device=images.device) - down
     columns = torch.arange(width, device=images.device) - right
     inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Devices that stop answering while they are used."""
+"""Errors of devices, and those that stop answering while they are used."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ def is_lost(error: BaseException) -> bool:
 
 def explain_lost(error: BaseException) -> UserError:
     """Return one line on what is lost and what to do."""
-    first = str(error).partition("\n")[0]
     return UserError(
-        f"the GPU stopped answering ({first}): what was finished is stored; run the same command again once nvidia-smi "
-        "shows the device, or on another one (CUDA_VISIBLE_DEVICES)"
+        f"the GPU stopped answering ({first_line(error)}): what was finished is stored; run the same command again "
+        "once nvidia-smi shows the device, or on another one (CUDA_VISIBLE_DEVICES)"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of torch's says before it lists what else might be known."""
+    return str(error).partition("\n")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,47 +19,43 @@ from .objectives import mean_loss
 from .predict import base_block, predict_block
 
 
-def loss_on(network: NetworkFunction, trained: Trained, part: Part) -> float:
-    """Return the mean loss in nats, BatchNorm in eval mode."""
-    return float(mean_loss(predict_block(network, base_block(trained), part.images)[0], part.labels))
-
-
 @dataclass
 class BestEpoch:
-    """The weights of the epoch with the least loss so far.
+    """The weights of the epoch with the least loss on tune so far.
 
-    patience: epochs without a smaller loss after which training is to stop; since: how many there were; leaves: copies,
-    named `param/...` and `buffer/...`.
+    patience: epochs without a smaller loss after which training is to stop; since: how many there were.
     """
 
     patience: int
+    tune: Part
     loss: float = math.inf
     since: int = 0
-    leaves: dict[str, Tensor] = field(default_factory=dict)
+    weights: Trained | None = None
 
     @property
     def stopped(self) -> bool:
-        """Whether training is to stop; it stays so."""
+        """Whether training is to stop."""
         return self.since >= self.patience
 
-    def see(self, loss: float, now: Trained) -> None:
-        """Take the weights at the end of an epoch, and their loss, into account."""
+    def see(self, network: NetworkFunction, now: Trained) -> None:
+        """Take the weights at the end of an epoch into account; BatchNorm in eval mode."""
+        logits = predict_block(network, base_block(now), self.tune.images)[0]
+        loss = float(mean_loss(logits, self.tune.labels))
         self.since += 1
-        if loss < self.loss or not self.leaves:
-            self.loss, self.since = loss, 0
-            self.leaves = {f"param/{n}": p.detach().clone() for n, p in now.params.items()}
-            self.leaves |= {f"buffer/{n}": b.detach().clone() for n, b in now.buffers.items()}
-
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return parameters and buffers of the best epoch."""
-        return under("param/", self.leaves), under("buffer/", self.leaves)
+        if loss < self.loss or self.weights is None:
+            params, buffers = ({n: t.detach().clone() for n, t in o.items()} for o in (now.params, now.buffers))
+            self.loss, self.since, self.weights = loss, 0, Trained(params, buffers)
 
     def state(self) -> dict[str, Tensor]:
         """Return all of it as tensors, for a checkpoint."""
-        return {**self.leaves, "best": torch.tensor([self.loss, self.since], dtype=torch.float64)}
+        state = {"best": torch.tensor([self.loss, self.since], dtype=torch.float64)}
+        if self.weights is not None:
+            state |= {f"param/{n}": p for n, p in self.weights.params.items()}
+            state |= {f"buffer/{n}": b for n, b in self.weights.buffers.items()}
+        return state
 
-    @staticmethod
-    def restored(patience: int, state: Mapping[str, Tensor]) -> BestEpoch:
-        """Return what `state` was made of."""
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put what `state` returned back in place."""
         loss, since = state["best"].tolist()
-        return BestEpoch(patience, loss, int(since), {n: t for n, t in state.items() if n != "best"})
+        self.loss, self.since = loss, int(since)
+        self.weights = Trained(under("param/", state), under("buffer/", state))

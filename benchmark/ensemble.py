@@ -24,8 +24,8 @@ from ..generators.api import WAYS, AtOnce, Checkpoint, Memory, Part, Plan, Train
 from ..generators.modelset import Leaves, under
 from .augment import changed, draw_changes
 from .cuda_graphs import Captured
-from .devices import is_lost
-from .early_stopping import BestEpoch, loss_on
+from .devices import first_line, is_lost
+from .early_stopping import BestEpoch
 from .networks import Network
 from .objectives import MeanLoss
 from .progress import log
@@ -119,7 +119,7 @@ def train_together(
         start = time.perf_counter()
         told = _epoch(stack, data, plans, own, epoch)
         for row, k in enumerate(stack.members):
-            courses[k].see(told[row], network, stack.member(row), tune)
+            courses[k].see(told[row], network, stack.member(row))
         epoch_s.append((time.perf_counter() - start) / len(stack.members))
         going = [row for row, k in enumerate(stack.members) if not courses[k].ended]
         if 2 * len(going) <= len(stack.members):
@@ -153,7 +153,7 @@ def way_of_training(network: Network, data: Part, recipe: Training, members: int
             except RuntimeError as error:
                 if is_lost(error):
                     raise
-                log(f"training at once by {way} is not possible here: {str(error).partition(chr(10))[0]}")
+                log(f"training at once by {way} is not possible here: {first_line(error)}")
                 break
     return min(seconds, key=seconds.__getitem__)
 
@@ -248,13 +248,13 @@ class Course:
         diverged = bool(self.losses) and not math.isfinite(self.losses[-1])
         return diverged or (self.best is not None and self.best.stopped)
 
-    def see(self, loss: float, network: Network, now: Trained, tune: Part | None) -> None:
+    def see(self, loss: float, network: Network, now: Trained) -> None:
         """Take the end of an epoch into account."""
         if self.ended:
             return
         self.losses += (loss,)
-        if self.best is not None and tune is not None and math.isfinite(loss):
-            self.best.see(loss_on(network, now, tune), now)
+        if self.best is not None and math.isfinite(loss):
+            self.best.see(network, now)
 
 
 def _epoch(stack: Stack, data: Part, plans: Sequence[Plan], own: Tensor | None, epoch: int) -> list[float]:
@@ -323,7 +323,7 @@ def _resume(state: dict[str, Tensor] | None, stack: Stack, courses: Sequence[Cou
     for k, course in enumerate(courses):
         course.losses = tuple(state[f"losses/{k}"].tolist())
         if course.best is not None:
-            course.best = BestEpoch.restored(course.best.patience, under(f"best/{k}/", state))
+            course.best.restore(under(f"best/{k}/", state))
     return max(len(course.losses) for course in courses)
 
 
@@ -333,9 +333,8 @@ def _trained(
     losses = list(course.losses)
     if not math.isfinite(losses[-1]):
         return Diverged(f"{name}: the loss of epoch {len(losses)} is not finite (training.lr={recipe.lr:g} too large?)")
-    if course.best is not None:
-        params, buffers = course.best.weights()
-    else:
-        now = stack.member(stack.members.index(member))
-        params, buffers = ({n: leaf.clone() for n, leaf in own.items()} for own in (now.params, now.buffers))
+    if course.best is not None and course.best.weights is not None:
+        return replace(course.best.weights, losses=losses, epoch_s=epoch_s)
+    now = stack.member(stack.members.index(member))
+    params, buffers = ({n: leaf.clone() for n, leaf in own.items()} for own in (now.params, now.buffers))
     return Trained(params, buffers, losses, epoch_s)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..generators.api import NetworkFunction, Trained
 from ..generators.modelset import Block, ModelSet
 from .cuda_graphs import Captured
-from .devices import is_lost
+from .devices import first_line, is_lost
 from .progress import log
 
 STRATEGIES = ("loop", "vmap")
@@ -80,7 +80,7 @@ def choose_strategy(network: NetworkFunction, model_set: ModelSet, images: Tenso
         except RuntimeError as error:
             if strategy != "graph" or is_lost(error):
                 raise
-            log(f"prediction by a CUDA graph is not possible here: {str(error).partition(chr(10))[0]}")
+            log(f"prediction by a CUDA graph is not possible here: {first_line(error)}")
             continue
         start = time.perf_counter()
         predict_block(network, block, few, strategy, graphs=graphs).cpu()

@@ -2,8 +2,8 @@
 
 A ratio is baseline / ours at equal work: above 1, ours is faster. Each pair is timed alternately (ours, baseline, ours,
 ...), at least five times after a warm-up, with the device synchronised; the table shows medians and the spread
-(maximum - minimum) / median of ours. Baselines are plain PyTorch or numpy as a careful user would write them. Rows of
-geodesics take minutes: they run on one thread either side and are timed less often and on fewer members, each says how.
+(maximum - minimum) / median of ours. Baselines are plain PyTorch or numpy as a careful user would write them. Rows that
+take minutes are timed less often, each says how; those of geodesics run on one thread either side, on fewer members.
 
 Arguments measure a subset, which replaces the rows and figures of those names and keeps the others:
 `python -m multiplicity_bench.benchmark.speed geodesic_mlp_s100 growth_with_images`.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..datasets.phantom_cxr import PhantomCXR
-from ..generators.api import AtOnce, Part, Plan
-from ..generators.modelset import DiagonalSet
+from ..generators.api import AtOnce, Part, Plan, Problem, Trained
+from ..generators.modelset import DiagonalSet, KroneckerSet
 from .ensemble import Together
 from .networks import MaxPool2, Network
+from .toy import toy_problem
 from .train import Training, train
 
 
@@ -24,6 +30,35 @@ def diagonal_set(network: Network, members: int, device: torch.device) -> Diagon
     params, buffers = ({n: leaf.to(device) for n, leaf in leaves.items()} for leaves in network.init(0))
     sd = torch.full((sum(p.numel() for p in params.values()),), 0.01, device=device)
     return DiagonalSet(members, {}, buffers, mean=params, factors={"sd": sd})
+
+
+def random_images(n: int) -> Tensor:
+    """Return made-up images of 28 pixels, uint8 [sample, 1, 28, 28]."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8))
+
+
+def fresh_problem(spec: dict[str, Any], images: int) -> Problem:
+    """Return a problem of two classes with a network at fresh weights, on random images."""
+    network = Network(spec, 1, 28, 2)
+    base = Trained(*network.init(0))
+    return replace(
+        toy_problem("mlp"),
+        network=network,
+        base=base,
+        module=lambda: network.module(base.params, base.buffers),
+        train=Part(random_images(images), torch.arange(images) % 2),
+        task="binary",
+        classes=2,
+    )
+
+
+def draw_from(problem: Problem, found: Mapping[str, Tensor], draws: int) -> None:
+    """Draw members from the Kronecker factors that `fit_kronecker` found."""
+    factors = {n: t for n, t in found.items() if n.startswith(("values", "vectors"))}
+    mean, buffers = dict(problem.base.params), dict(problem.base.buffers)
+    members = KroneckerSet(draws, {}, buffers, mean=mean, factors=factors, scale=100.0)
+    for k in range(draws):
+        members.perturbation(k)
 
 
 class Retraining:

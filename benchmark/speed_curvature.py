@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..generators.api import Part, Problem, Trained
-from ..generators.modelset import DiagonalSet, KroneckerSet
+from ..generators.api import Problem
+from ..generators.modelset import DiagonalSet
 from ..generators.native_curvature import diagonal_ggn, fit_kronecker, kronecker_factors
 from ..generators.posterior import leaf_names
 from .networks import Network
 from .predict import choose_strategy, predict
-from .timing import as_row, timed
-from .toy import toy_problem
+from .speed_baselines import draw_from, fresh_problem
+from .timing import CPU, compare
 
 IMAGES = 64
 """Images on which Kronecker factors are timed, of both: what does not grow with images counts less per image."""
@@ -41,8 +40,7 @@ def diag_resnet18() -> dict[str, Any]:
     def library() -> None:
         _backend(problem, names).diag(train.images[:1], train.labels[:1])
 
-    own, theirs = _side_by_side(lambda: diagonal_ggn(problem, names), library)
-    return as_row("diag_resnet18", [t / DIAGONAL_IMAGES for t in own], theirs)
+    return _per_image("diag_resnet18", lambda: diagonal_ggn(problem, names), DIAGONAL_IMAGES, library, 1)
 
 
 def kfac_resnet18() -> dict[str, Any]:
@@ -61,8 +59,7 @@ def kfac_resnet18() -> dict[str, Any]:
     def library() -> None:
         _backend(problem, covered).kron(problem.train.images, problem.train.labels, N=IMAGES)
 
-    own, theirs = _side_by_side(ours, library)
-    return as_row("kfac_resnet18", [t / IMAGES for t in own], [t / IMAGES for t in theirs])
+    return _per_image("kfac_resnet18", ours, IMAGES, library, IMAGES)
 
 
 def last_layer_1000() -> dict[str, Any]:
@@ -84,8 +81,7 @@ def last_layer_1000() -> dict[str, Any]:
             for _ in range(2):
                 module(images)
 
-    pairs = [(timed(lambda: predict(network, members, images, strategy=strategy)), timed(trunk)) for _ in range(6)][1:]
-    row = as_row("last_layer_1000", [own for own, _ in pairs], [passes for _, passes in pairs])
+    row = compare("last_layer_1000", CPU, lambda: predict(network, members, images, strategy=strategy), trunk)
     return row | {"text": f"the strategy was {strategy}"}
 
 
@@ -93,15 +89,11 @@ def kfac_1000_images() -> tuple[str, str]:
     """Return how long KFAC takes on 1,000 images of resnet18, and 10 draws from it, either way."""
     problem = _resnet(FITTED)
     names, told = list(problem.base.params), []
-    mean, buffers = dict(problem.base.params), dict(problem.base.buffers)
     for approximation in ("reduce", "expand"):
         start = time.perf_counter()
         found = fit_kronecker(problem, names, approximation)
         fitted = time.perf_counter() - start
-        factors = {n: t for n, t in found.items() if n.startswith(("values", "vectors"))}
-        members = KroneckerSet(DRAWS, {}, buffers, mean=mean, factors=factors, scale=100.0)
-        for k in range(DRAWS):
-            members.perturbation(k)
+        draw_from(problem, found, DRAWS)
         told.append(f"{approximation} {fitted:.0f} s, draws {time.perf_counter() - start - fitted:.0f} s")
     return f"KFAC of resnet18 (BatchNorm, 28 pixels) on {FITTED:,} images, and {DRAWS} draws", "; ".join(told)
 
@@ -111,19 +103,7 @@ FIGURES = (kfac_1000_images,)
 
 
 def _resnet(images: int) -> Problem:
-    """Return a problem with resnet18 at fresh weights on random images."""
-    network = Network({"name": "resnet18", "norm": "batch"}, 1, 28, 2)
-    base, generator = Trained(*network.init(0)), torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    return replace(
-        toy_problem("mlp"),
-        network=network,
-        base=base,
-        module=lambda: network.module(base.params, base.buffers),
-        train=Part(pixels, torch.arange(images) % 2),
-        task="binary",
-        classes=2,
-    )
+    return fresh_problem({"name": "resnet18", "norm": "batch"}, images)
 
 
 def _backend(problem: Problem, names: list[str]) -> Any:
@@ -138,9 +118,12 @@ def _backend(problem: Problem, names: list[str]) -> Any:
     return CurvlinopsGGN(module, "classification")
 
 
-def _side_by_side(ours: Callable[[], Any], library: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    """Return the seconds of three runs of both in turn, after a warm-up."""
+def _per_image(
+    name: str, ours: Callable[[], Any], images: int, library: Callable[[], Any], their_images: int
+) -> dict[str, Any]:
+    """Return a row of seconds per image, of three runs of both in turn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pairs = [(timed(ours), timed(library)) for _ in range(4)][1:]
-    return [own for own, _ in pairs], [theirs for _, theirs in pairs]
+        row = compare(name, CPU, ours, library, repeats=3)
+    own, theirs = row["ours_s"] / images, row["baseline_s"] / their_images
+    return row | {"ours_s": own, "baseline_s": theirs, "ratio": theirs / own}

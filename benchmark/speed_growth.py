@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..generators.api import Part, Problem, Trained
-from ..generators.modelset import KroneckerSet
+from ..generators.api import Part, Problem
 from ..generators.native_curvature import diagonal_ggn, fit_kronecker
 from .networks import Network
 from .predict import choose_strategy, predict
-from .speed_baselines import Retraining, diagonal_set, phantom_part, plain_prediction, plain_training, plain_trainings
+from .speed_baselines import (
+    Retraining,
+    diagonal_set,
+    draw_from,
+    fresh_problem,
+    phantom_part,
+    plain_prediction,
+    plain_training,
+    plain_trainings,
+    random_images,
+)
 from .timing import CPU, compare, timed
-from .toy import toy_problem
 from .train import Training, l2, make_optimizer, mean_loss, train, training_logits
 
 Row = dict[str, Any]
@@ -83,7 +89,7 @@ def diagonal_by_images() -> list[Row]:
     """Time the exact diagonal of an MLP (26,000 weights) against laplace-torch's, by the number of images."""
     rows = []
     for n in IMAGES:
-        problem = _mlp_problem(32, random_images(n))
+        problem = fresh_problem({"name": "mlp", "width": 32}, n)
         ours = partial(diagonal_ggn, problem, list(problem.base.params))
         rows.append(_grown(compare("diagonal_by_images", CPU, ours, _library_fit(problem, "diag", 0)), "images", n))
     return rows
@@ -93,7 +99,7 @@ def kfac_by_weights() -> list[Row]:
     """Time Kronecker factors of an MLP on 64 images, their eigenvectors and 10 draws against laplace-torch's."""
     rows = []
     for width in MLP_WIDTHS:
-        problem = _mlp_problem(width, random_images(64))
+        problem = fresh_problem({"name": "mlp", "width": width}, 64)
         row = compare("kfac_by_weights", CPU, partial(_fit_and_draw, problem), _library_fit(problem, "kron", DRAWS))
         rows.append(_grown(row, "weights", sum(p.numel() for p in problem.base.params.values())))
     return rows
@@ -159,11 +165,6 @@ def weights_of(network: Network) -> int:
     return sum(p.numel() for p in network.init(0)[0].values())
 
 
-def random_images(n: int) -> torch.Tensor:
-    """Return made-up images of 28 pixels, uint8."""
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8))
-
-
 def _grown(row: Row, by: str, size: int) -> Row:
     return row | {"by": by, "size": size}
 
@@ -175,24 +176,8 @@ def _prediction(name: str, network: Network, members: int, images: torch.Tensor,
     return _grown(compare(name, images.device, ours, partial(plain_prediction, network, drawn, images)), by, size)
 
 
-def _mlp_problem(width: int, images: torch.Tensor) -> Problem:
-    network = Network({"name": "mlp", "width": width}, 1, 28, 2)
-    base = Trained(*network.init(0))
-    return replace(
-        toy_problem("mlp"),
-        network=network,
-        base=base,
-        module=lambda: network.module(base.params, base.buffers),
-        train=Part(images, torch.arange(len(images)) % 2),
-    )
-
-
 def _fit_and_draw(problem: Problem) -> None:
-    found = fit_kronecker(problem, list(problem.base.params))
-    factors = {n: t for n, t in found.items() if n.startswith(("values", "vectors"))}
-    members = KroneckerSet(DRAWS, {}, {}, mean=dict(problem.base.params), factors=factors, scale=1.0)
-    for k in range(DRAWS):
-        members.perturbation(k)
+    draw_from(problem, fit_kronecker(problem, list(problem.base.params)), DRAWS)
 
 
 def _library_fit(problem: Problem, structure: str, draws: int) -> Callable[[], Any]:

@@ -40,10 +40,16 @@ def as_row(name: str, ours: list[float], baseline: list[float], device: torch.de
     }
 
 
-def compare(name: str, device: torch.device, ours: Callable[[], Any], baseline: Callable[[], Any]) -> dict[str, Any]:
+def compare(
+    name: str,
+    device: torch.device,
+    ours: Callable[[], Any],
+    baseline: Callable[[], Any],
+    repeats: int | None = None,
+) -> dict[str, Any]:
     """Time two ways to do the same work, alternately after a warm-up, and return a row of speed.json."""
     seconds: dict[Callable[[], Any], list[float]] = {ours: [], baseline: []}
-    for repeat in range(REPEATS + 1):
+    for repeat in range((repeats or REPEATS) + 1):
         for way, times in seconds.items():
             took = timed(way, device)
             if repeat:

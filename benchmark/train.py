@@ -21,7 +21,7 @@ from ..generators.api import Checkpoint, Memory, Part, Trained, choices
 from ..generators.modelset import under
 from ..identity import added_later, derive_seed
 from .augment import AUGMENTATIONS, changed, draw_changes
-from .early_stopping import BestEpoch, loss_on
+from .early_stopping import BestEpoch
 from .networks import Network
 from .objectives import OBJECTIVES, ClassBalanced, GroupDRO, MeanLoss, Objective
 from .objectives import mean_loss as mean_loss
@@ -142,7 +142,7 @@ def train(
     batches = math.ceil(len(data) / recipe.batch_size)
     losses: list[float] = []
     epoch_s: list[float] = []
-    first, best = _restore(checkpoint.load(name), params, buffers, optimizer, objective, losses, best)
+    first = _restore(checkpoint.load(name), params, buffers, optimizer, objective, losses, best)
     saved = time.monotonic()
     for epoch in progress(range(first, recipe.epochs), name, recipe.epochs):
         if best is not None and best.stopped:
@@ -173,16 +173,14 @@ def train(
             raise Diverged(
                 f"{name}: the loss of epoch {epoch + 1} is not finite (training.lr={recipe.lr:g} too large?)"
             )
-        if best is not None and tune is not None:
-            now = Trained(params, buffers)
-            best.see(loss_on(network, now, tune), now)
+        if best is not None:
+            best.see(network, Trained(params, buffers))
         # A callback keeps state that no checkpoint of ours holds: such a training starts again from its beginning.
         if on_step is None and time.monotonic() - saved > CHECKPOINT_EVERY_S:
             checkpoint.save(name, _state(params, buffers, optimizer, objective, losses, best))
             saved = time.monotonic()
-    if best is not None:
-        params, buffers = best.weights()
-        params = {n: p.requires_grad_() for n, p in params.items()}
+    if best is not None and best.weights is not None:
+        params, buffers = {n: p.requires_grad_() for n, p in best.weights.params.items()}, best.weights.buffers
     if recipe.polish:
         _polish(network, data, recipe, params, buffers)
     weights = {n: p.detach() for n, p in params.items()}
@@ -191,9 +189,11 @@ def train(
 
 def patience(recipe: Training, tune: Part | None) -> BestEpoch | None:
     """Return what watches over one training, None where the recipe always takes all of its epochs."""
-    if recipe.patience and tune is None:
+    if not recipe.patience:
+        return None
+    if tune is None:
         raise UserError(f"training.patience={recipe.patience}: there is no part tune here to stop early by: use 0")
-    return BestEpoch(recipe.patience) if recipe.patience else None
+    return BestEpoch(recipe.patience, tune)
 
 
 def training_logits(
@@ -337,14 +337,14 @@ def _restore(
     objective: Objective,
     losses: list[float],
     best: BestEpoch | None,
-) -> tuple[int, BestEpoch | None]:
-    """Put a checkpoint back in place and return the epoch to go on with, and the best one so far."""
+) -> int:
+    """Put a checkpoint back in place and return the epoch to go on with."""
     if state is None:
-        return 0, best
+        return 0
     restore_state(state, params, buffers, optimizer)
     for n, before in objective.state.items():
         objective.state[n] = state[f"objective/{n}"].to(before.device)
     losses.extend(state["losses"].tolist())
     if best is not None:
-        best = BestEpoch.restored(best.patience, under("best/", state))
-    return len(losses), best
+        best.restore(under("best/", state))
+    return len(losses)

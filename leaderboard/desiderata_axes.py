@@ -14,7 +14,7 @@ import numpy as np
 from ..metrics.api import PerMember, Undefined
 from ..metrics.calibration import after_temperature, brier_decomposition, epistemic_share, temperature
 from ..metrics.context import BASE, MEMBERS, Context
-from ..metrics.decisions import ambiguous, disagreement, votes
+from ..metrics.decisions import ambiguous, disagreement
 from ..metrics.explanations import Comparators, explanation_summary
 from ..metrics.intervals import CaseMean, Estimate, average
 from ..metrics.ood import OODScores, Scored, member_detectors, ood_metrics, ood_views
@@ -88,7 +88,7 @@ def _balanced_error(test: Context, seen: Context) -> Estimate:
 def _disagreement(test: Context, seen: Context) -> Estimate:
     if seen.size < 2:
         raise Undefined(f"{seen.size} of 2 accepted")
-    return test.bootstrap.mean(disagreement(votes(seen.decisions, seen.classes)))
+    return test.bootstrap.mean(disagreement(seen.votes))
 
 
 def _ambiguity(test: Context, seen: Context, k: int) -> Estimate:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..metrics.api import Undefined
 from ..metrics.context import Context
-from ..metrics.decisions import disagreement, votes
+from ..metrics.decisions import disagreement
 from ..metrics.intervals import Estimate, holm
 from ..metrics.strata_measures import (
     AgainstChance,
@@ -161,7 +161,7 @@ def _row(cells: Sequence[Evidence], codes: np.ndarray, names: Sequence[str], see
     try:
         if not pairs:
             raise Undefined("no two members were accepted")
-        mean = np.mean([disagreement(votes(c.decisions, c.classes)) for c in pairs], axis=0)
+        mean = np.mean([disagreement(c.votes) for c in pairs], axis=0)
         out |= _explained(explained(pairs[0], codes, mean, seed=seed), names)
     except Undefined as reason:
         out |= dict.fromkeys(_EXPLAINED_FIELDS)

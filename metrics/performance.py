@@ -140,8 +140,7 @@ def odds_ranking(probabilities: np.ndarray, c: int) -> np.ndarray:
 def _rankings(context: Context, probabilities: np.ndarray, c: int) -> Iterator[np.ndarray]:
     """Yield what ranks the samples by class c, [sample] for every model.
 
-    The odds of a half are one of 65,536 numbers, whose places rank as they do, ties included, and sort ten times as
-    fast.
+    The odds of a half are one of 65,536 numbers, whose places rank as they do, ties included, and are sorted by radix.
     """
     if context.halves is None or probabilities is not context.probabilities:
         yield from (odds_ranking(p, c) for p in probabilities)
